@@ -1,0 +1,248 @@
+"""Follow a stream of 0s and 1s over a WebSocket, and keep the posterior of the probability of a 1."""
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import os
+import random
+import shutil
+import signal
+import sys
+import threading
+import time
+from typing import Any
+from urllib.parse import urlsplit
+
+from tornado.httpclient import HTTPRequest
+from tornado.httputil import url_concat
+from tornado.websocket import WebSocketClientConnection, websocket_connect
+
+log = logging.getLogger("client")
+
+
+@dataclasses.dataclass(frozen=True)
+class BetaBinomial:
+    """The posterior of a success probability: Beta(alpha, beta), from a flat prior."""
+
+    successes: int = 0
+    trials: int = 0
+
+    @property
+    def alpha(self) -> int:
+        return 1 + self.successes
+
+    @property
+    def beta(self) -> int:
+        return 1 + self.trials - self.successes
+
+    @property
+    def mean(self) -> float:
+        return self.alpha / (self.alpha + self.beta)
+
+    @property
+    def sd(self) -> float:
+        return math.sqrt(self.mean * (1 - self.mean) / (self.alpha + self.beta + 1))
+
+    def update(self, samples: list[int]) -> "BetaBinomial":
+        """Return the posterior after these samples too; ValueError for anything but 0 and 1."""
+        successes = samples.count(1)
+        if successes + samples.count(0) != len(samples):
+            raise ValueError("a sample is neither 0 nor 1")
+        return BetaBinomial(self.successes + successes, self.trials + len(samples))
+
+    def density(self, width: int) -> str:
+        """Draw the density over 0..1 with so many block characters, scaled to its maximum."""
+        grid = [(column + 0.5) / width for column in range(width)]
+        failures = self.trials - self.successes
+        logs = [self.successes * math.log(x) + failures * math.log(1 - x) for x in grid]
+        top = max(logs)
+        return "".join(" ▁▂▃▄▅▆▇█"[round(8 * math.exp(y - top))] for y in logs)
+
+    def __str__(self) -> str:
+        return f"Beta({self.alpha}, {self.beta})  mean {self.mean:.4f}  sd {self.sd:.4f}"
+
+
+class WebSocketClient:
+    """A position in the stream at a ws:// or wss:// URL, and the posterior of all before it.
+
+    ValueError for a URL that can never work. `retry_delay`, in seconds, bounds the wait before
+    the first retry; the bound doubles with every further one, up to 30 s.
+    """
+
+    def __init__(self, url: str, retry_delay: float = 3) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("ws", "wss") or not parts.hostname or parts.port == 0:
+            raise ValueError(f"not a WebSocket URL such as ws://localhost:8765/websocket: {url!r}")
+        self.url = url
+        self.retry_delay = retry_delay
+        self.posterior = BetaBinomial()
+        self.epoch: str | None = None  # which run of the stream, as its first message says
+        self.position = 0  # the offset of the next sample
+        self.missed = 0  # samples that had left the server's history before they could come
+        self._attempt = 0  # failures since the last message
+        self._thread: threading.Thread | None = None
+
+    def on_message(self, samples: list[Any]) -> None:
+        """Update the posterior; replace this method to do something else with the samples.
+
+        Each sample comes once, in order, and the list is never empty. After a ValueError, or any
+        other exception, these samples count as not received, and are asked for again.
+        """
+        self.posterior = self.posterior.update(samples)
+
+    def start(self) -> None:
+        """Follow the stream in a background thread, until `stop`."""
+        if self._thread is None:
+            self._runner = asyncio.Runner()
+            self._task = self._runner.get_loop().create_task(self.run())
+            self._thread = threading.Thread(target=self._listen, daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Close the connection, or give up trying, and wait until the thread has ended."""
+        if self._thread is not None:
+            self._runner.get_loop().call_soon_threadsafe(self._task.cancel)
+            self._thread.join()
+            self._thread = None
+
+    def _listen(self) -> None:
+        with self._runner as runner, contextlib.suppress(asyncio.CancelledError):
+            runner.get_loop().run_until_complete(self._task)
+
+    async def run(self) -> None:
+        """Follow the stream in the event loop that is already there, until cancelled."""
+        while True:
+            reason = await self._follow()
+            # Exponential backoff with full jitter, or all clients would come back at once
+            # (RFC 6455, section 7.2.3). Bounded twice, since 2 ** 1024 is too large for a float.
+            wait = random.uniform(0, min(30, self.retry_delay * 2 ** min(self._attempt, 1000)))
+            self._attempt += 1
+            log.warning("%s; next try in %.1f s", reason, wait)
+            await asyncio.sleep(wait)
+
+    async def _follow(self) -> str:
+        """Connect once, take messages until the connection ends, and return the reason."""
+        ended: asyncio.Future[str] = asyncio.Future()
+        closed = asyncio.Event()
+
+        def on_frame(frame: str | bytes | None) -> None:
+            if frame is None:  # Tornado's sign for the end of the connection
+                closed.set()
+                if not ended.done():
+                    ended.set_result("")
+            elif not ended.done():  # else it is being closed: what still comes is asked for again
+                try:
+                    self._receive(frame)
+                except (ValueError, RecursionError) as error:
+                    ended.set_result(f"cannot understand {frame[:80]!r}: {error}")
+                except Exception:
+                    log.exception("on_message failed")
+                    ended.set_result("on_message failed")
+
+        def abandon(connecting: asyncio.Future[WebSocketClientConnection]) -> None:
+            if not connecting.exception():
+                connecting.result().close(1000)
+
+        query = {"epoch": self.epoch, "offset": str(self.position)} if self.epoch else {}
+        # connect_timeout alone does not bound the handshake.
+        request = HTTPRequest(url_concat(self.url, query), connect_timeout=10, request_timeout=10)
+        connecting = asyncio.ensure_future(
+            websocket_connect(request, None, None, on_frame, ping_interval=10, ping_timeout=10)
+        )
+        try:
+            # Tornado goes on with a handshake that nobody awaits any more: shield and close it.
+            connection = await asyncio.shield(connecting)
+        except asyncio.CancelledError:
+            connecting.add_done_callback(abandon)
+            raise
+        except Exception as error:  # noqa: BLE001 - a stranger's answer can fail in any way
+            return f"cannot connect: {error}"
+        log.info("connected to %s", request.url)
+        try:
+            return await ended or f"closed: {connection.close_code} {connection.close_reason!r}"
+        finally:
+            connection.close(1000)
+            await closed.wait()  # Tornado gives the server 5 s to answer
+
+    def _receive(self, frame: str | bytes) -> None:
+        """Take one message, or raise ValueError and leave everything as it was."""
+        match json.loads(frame) if isinstance(frame, str) else None:
+            case {"epoch": str(epoch), "offset": int(offset), "samples": list(samples)}:
+                pass
+            case _:
+                raise ValueError("not a message of this protocol")
+        if isinstance(offset, bool) or not 0 <= offset < 10**15:
+            raise ValueError("offset out of range")
+        position = self.position
+        if epoch != self.epoch:  # this is the first message, or the server was restarted
+            position = offset if self.epoch is None else 0
+        missed = max(0, offset - position)
+        fresh = samples[max(0, position - offset) :]
+        if fresh:
+            self.on_message(fresh)
+        # Only now: samples that on_message has refused are not counted, but asked for again.
+        self.epoch = epoch
+        self.position = position + missed + len(fresh)
+        self.missed += missed
+        self._attempt = 0
+        if missed:
+            log.warning("missed %d samples, which had left the server's history", missed)
+
+
+def main() -> None:
+    """Show the posterior until Ctrl-C or SIGTERM."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        usage=argparse.SUPPRESS,  # an error is one line
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--url", default="ws://localhost:8765/websocket", help="of the stream")
+    try:
+        client = WebSocketClient(parser.parse_args().url)
+    except ValueError as error:
+        parser.error(f"--url: {error}")
+
+    terminal = os.isatty(1)
+    # In a terminal, a line of log takes the place of the posterior, which goes on below it.
+    erase = "\r\033[K" if terminal else ""
+    logging.basicConfig(format=f"{erase}%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    log.setLevel(logging.INFO)
+    # Tornado logs a traceback for a handshake that it cannot accept, where one line is enough.
+    logging.getLogger("tornado.application").setLevel(logging.CRITICAL)
+
+    def show(last: str = "") -> str:
+        line = f"{client.posterior}  trials {client.posterior.trials}  missed {client.missed}"
+        if terminal:
+            width = shutil.get_terminal_size().columns - 1
+            picture = client.posterior.density(max(10, min(40, width - len(line) - 4)))
+            print(f"{erase}{f'{line}  |{picture}|':.{width}}", end="", flush=True)
+        elif line != last:
+            print(line, flush=True)
+        return line
+
+    stopping: list[int] = []
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, lambda number, frame: stopping.append(number))
+    client.start()
+    try:
+        line = show()
+        while not stopping:
+            time.sleep(0.1)
+            line = show(line)
+        client.stop()
+        show(line)
+        if terminal:
+            print()
+    except OSError as error:
+        # Python flushes standard output again as it exits: let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if not isinstance(error, BrokenPipeError):
+            sys.exit(f"client.py: standard output: {error}")
+
+
+if __name__ == "__main__":
+    main()
