@@ -1,8 +1,7 @@
-"""Follow a stream of 0s and 1s over a WebSocket, and keep the posterior of the probability of a 1."""
+"""Follow a stream of 0s and 1s over a WebSocket, and show the posterior of its probability of 1."""
 
 import argparse
 import asyncio
-import contextlib
 import dataclasses
 import json
 import logging
@@ -110,8 +109,8 @@ class WebSocketClient:
             self._thread = None
 
     def _listen(self) -> None:
-        with self._runner as runner, contextlib.suppress(asyncio.CancelledError):
-            runner.get_loop().run_until_complete(self._task)
+        with self._runner as runner:
+            runner.run(asyncio.wait([self._task]))  # which returns, even if the task is cancelled
 
     async def run(self) -> None:
         """Follow the stream in the event loop that is already there, until cancelled."""
@@ -125,25 +124,26 @@ class WebSocketClient:
             await asyncio.sleep(wait)
 
     async def _follow(self) -> str:
-        """Connect once, take messages until the connection ends, and return the reason."""
-        ended: asyncio.Future[str] = asyncio.Future()
+        """Connect once, take messages until the connection is closed, and return the reason."""
         closed = asyncio.Event()
+        problem = ""
 
         def on_frame(frame: str | bytes | None) -> None:
+            nonlocal problem
             if frame is None:  # Tornado's sign for the end of the connection
                 closed.set()
-                if not ended.done():
-                    ended.set_result("")
-            elif not ended.done():  # else it is being closed: what still comes is asked for again
+            elif not problem:
                 try:
                     self._receive(frame)
                 except (ValueError, RecursionError) as error:
-                    ended.set_result(f"cannot understand {frame[:80]!r}: {error}")
+                    problem = f"cannot understand {frame[:80]!r}: {error}"
                 except Exception:
                     log.exception("on_message failed")
-                    ended.set_result("on_message failed")
+                    problem = "on_message failed"
+                if problem:
+                    connecting.add_done_callback(close)
 
-        def abandon(connecting: asyncio.Future[WebSocketClientConnection]) -> None:
+        def close(connecting: asyncio.Future[WebSocketClientConnection]) -> None:
             if not connecting.exception():
                 connecting.result().close(1000)
 
@@ -154,19 +154,17 @@ class WebSocketClient:
             websocket_connect(request, None, None, on_frame, ping_interval=10, ping_timeout=10)
         )
         try:
-            # Tornado goes on with a handshake that nobody awaits any more: shield and close it.
             connection = await asyncio.shield(connecting)
-        except asyncio.CancelledError:
-            connecting.add_done_callback(abandon)
-            raise
+            log.info("connected to %s", request.url)
+            await closed.wait()
+            return problem or f"closed: {connection.close_code} {connection.close_reason!r}"
         except Exception as error:  # noqa: BLE001 - a stranger's answer can fail in any way
             return f"cannot connect: {error}"
-        log.info("connected to %s", request.url)
-        try:
-            return await ended or f"closed: {connection.close_code} {connection.close_reason!r}"
         finally:
-            connection.close(1000)
-            await closed.wait()  # Tornado gives the server 5 s to answer
+            # Tornado finishes a handshake that nobody awaits any more: hence shield, and close.
+            connecting.add_done_callback(close)
+            if connecting.done() and not connecting.exception():
+                await closed.wait()  # Tornado gives the server 5 s to answer
 
     def _receive(self, frame: str | bytes) -> None:
         """Take one message, or raise ValueError and leave everything as it was."""
@@ -195,18 +193,17 @@ class WebSocketClient:
 
 def main() -> None:
     """Show the posterior until Ctrl-C or SIGTERM."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        usage=argparse.SUPPRESS,  # an error is one line
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    # Without the usage line, an error is one line.
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS)
+    parser.add_argument(
+        "--url", default="ws://localhost:8765/websocket", help="default: %(default)s"
     )
-    parser.add_argument("--url", default="ws://localhost:8765/websocket", help="of the stream")
     try:
         client = WebSocketClient(parser.parse_args().url)
     except ValueError as error:
         parser.error(f"--url: {error}")
 
-    terminal = os.isatty(1)
+    terminal = os.isatty(1) and sys.stdout.encoding == "utf-8"
     # In a terminal, a line of log takes the place of the posterior, which goes on below it.
     erase = "\r\033[K" if terminal else ""
     logging.basicConfig(format=f"{erase}%(asctime)s %(message)s", datefmt="%H:%M:%S")

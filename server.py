@@ -86,7 +86,7 @@ class WebSocketServer(WebSocketHandler):
     def open(self) -> None:
         """Welcome a client with the first message, which tells it where it stands."""
         self.clients.add(self)
-        log.info("%s came, %d connected", self.request.remote_ip, len(self.clients))
+        log.info("client %s connected, %d in all", self.request.remote_ip, len(self.clients))
         self.set_nodelay(True)  # or small messages wait for the acknowledgement of earlier ones
         self.catch_up()
 
@@ -110,7 +110,7 @@ class WebSocketServer(WebSocketHandler):
         except WebSocketClosedError:
             pass  # it is closing: on_close comes next
         except Exception as error:  # noqa: BLE001 - whatever is wrong, it costs the others nothing
-            log.error("dropping %s: %r", self.request.remote_ip, error)
+            log.error("client %s dropped: %r", self.request.remote_ip, error)
             self.close()
 
     def on_message(self, message: str | bytes) -> None:
@@ -120,7 +120,7 @@ class WebSocketServer(WebSocketHandler):
     def on_close(self) -> None:
         """Forget this client."""
         self.clients.discard(self)
-        log.info("%s left, %d connected", self.request.remote_ip, len(self.clients))
+        log.info("client %s closed, %d in all", self.request.remote_ip, len(self.clients))
         if self.last_write:
             # asyncio logs a traceback for an exception that nobody has looked at.
             self.last_write.add_done_callback(lambda write: write.cancelled() or write.exception())
@@ -161,6 +161,10 @@ async def main() -> None:
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     log.setLevel(logging.INFO)
 
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
+
     server = HTTPServer(make_app(), idle_connection_timeout=10, max_body_size=1024)
     try:
         sockets = bind_sockets(options.port, options.address)
@@ -177,10 +181,9 @@ async def main() -> None:
     )
     sampling.start()
 
-    loop, stop = asyncio.get_running_loop(), asyncio.Event()
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
     await stop.wait()
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, signal.SIG_IGN)  # a second one finds no loop any more
 
     sampling.stop()
     server.stop()

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from tornado.httpserver import HTTPServer
-from tornado.testing import AsyncTestCase, bind_unused_port
+from tornado.netutil import bind_sockets
+from tornado.testing import AsyncTestCase
+from tornado.web import Application
 
 from client import WebSocketClient
 from server import WebSocketServer, make_app
@@ -42,6 +44,18 @@ def wait_until(condition: Callable[[], object]) -> None:
     asyncio.run(until(condition))
 
 
+class Tracebacks(logging.Handler):
+    """Keep the log silent, and find the tracebacks in it, which a test may not leave behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info or (record.name == "asyncio" and record.levelno >= logging.ERROR):
+            self.found.append(self.format(record))
+
+
 class PairCase(AsyncTestCase):
     """A test with a fresh server in its own event loop, and clients that it stops at the end."""
 
@@ -49,17 +63,34 @@ class PairCase(AsyncTestCase):
 
     def setUp(self) -> None:
         super().setUp()
-        logging.disable(logging.WARNING)  # tests of log lines enable them again
+        self.tracebacks = Tracebacks()
+        logging.getLogger().addHandler(self.tracebacks)
         self.server = fresh_server(**self.attributes)
-        self.listen()
         self.following: list[asyncio.Task[None]] = []
+        self.others: list[HTTPServer] = []
+        self.listen()
 
-    def listen(self, port: int | None = None) -> None:
-        """Serve on a port that was free, or, after a restart, on the same one as before."""
-        socket, self.port = bind_unused_port()
-        self.http_server = HTTPServer(make_app(self.server), idle_connection_timeout=10)
-        self.http_server.add_socket(socket)
+    def listen(self, port: int = 0) -> None:
+        """Serve on a free port, or on this one."""
+        sockets = bind_sockets(port, "127.0.0.1")
+        self.port = sockets[0].getsockname()[1]
         self.url = f"ws://127.0.0.1:{self.port}/websocket"
+        self.http_server = HTTPServer(make_app(self.server), idle_connection_timeout=10)
+        self.http_server.add_sockets(sockets)
+
+    async def close(self) -> None:
+        """Stop listening, and close every client, as a server does that goes away."""
+        self.http_server.stop()
+        await self.http_server.close_all_connections()
+        for handler in list(self.server.clients):
+            handler.close(1001, "going away")
+        await until(lambda: not self.server.clients)
+
+    async def restart(self) -> None:
+        """Come back on the same port as a new run of the stream."""
+        await self.close()
+        self.server = fresh_server(**self.attributes)
+        self.listen(self.port)
 
     def follow(self, client: WebSocketClient) -> asyncio.Task[None]:
         """Run the client in this test's event loop."""
@@ -67,20 +98,28 @@ class PairCase(AsyncTestCase):
         self.following.append(task)
         return task
 
+    def serve(self, application: Application) -> str:
+        """Serve another application, such as a server that misbehaves, and return its address."""
+        sockets = bind_sockets(0, "127.0.0.1")
+        server = HTTPServer(application)
+        server.add_sockets(sockets)
+        self.others.append(server)
+        return f"127.0.0.1:{sockets[0].getsockname()[1]}"
+
     def tearDown(self) -> None:
         async def end() -> None:
             for task in self.following:
                 task.cancel()
             await asyncio.gather(*self.following, return_exceptions=True)
-            self.http_server.stop()
-            await self.http_server.close_all_connections()
-            for handler in list(self.server.clients):
-                handler.close()
-            await until(lambda: not self.server.clients)
+            await self.close()
+            for server in self.others:
+                server.stop()
+                await server.close_all_connections()
 
         self.io_loop.run_sync(end)
-        logging.disable(logging.NOTSET)
         super().tearDown()
+        logging.getLogger().removeHandler(self.tracebacks)
+        self.assertEqual(self.tracebacks.found, [])
 
 
 @contextlib.contextmanager
