@@ -214,7 +214,7 @@ def main() -> None:
     def show(last: str = "") -> str:
         line = f"{client.posterior}  trials {client.posterior.trials}  missed {client.missed}"
         if terminal:
-            width = shutil.get_terminal_size().columns - 1
+            width = shutil.get_terminal_size().columns - 3  # leaves room for a ^C
             picture = client.posterior.density(max(10, min(40, width - len(line) - 4)))
             print(f"{erase}{f'{line}  |{picture}|':.{width}}", end="", flush=True)
         elif line != last:
