@@ -161,8 +161,9 @@ class WebSocketClient:
         except Exception as error:  # noqa: BLE001 - a stranger's answer can fail in any way
             return f"cannot connect: {error}"
         finally:
-            # Tornado finishes a handshake that nobody awaits any more: hence shield, and close.
+            # Tornado goes on with a handshake that nobody awaits any more: hence shield, and close.
             connecting.add_done_callback(close)
+            await asyncio.wait([connecting], timeout=1)
             if connecting.done() and not connecting.exception():
                 await closed.wait()  # Tornado gives the server 5 s to answer
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import re
 import secrets
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest import mock
 
 from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
@@ -45,7 +47,7 @@ def wait_until(condition: Callable[[], object]) -> None:
 
 
 class Tracebacks(logging.Handler):
-    """Keep the log silent, and find the tracebacks in it, which a test may not leave behind."""
+    """Keep the log silent, and find what a test may not leave behind: tracebacks and warnings."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,6 +56,10 @@ class Tracebacks(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if record.exc_info or (record.name == "asyncio" and record.levelno >= logging.ERROR):
             self.found.append(self.format(record))
+
+    def unraisable(self, problem: "sys.UnraisableHookArgs") -> None:
+        """Take a warning that has become an error where nobody can catch it, as in __del__."""
+        self.found.append(repr(problem.exc_value))
 
 
 class PairCase(AsyncTestCase):
@@ -65,6 +71,7 @@ class PairCase(AsyncTestCase):
         super().setUp()
         self.tracebacks = Tracebacks()
         logging.getLogger().addHandler(self.tracebacks)
+        self.enterContext(mock.patch("sys.unraisablehook", self.tracebacks.unraisable))
         self.server = fresh_server(**self.attributes)
         self.following: list[asyncio.Task[None]] = []
         self.others: list[HTTPServer] = []
@@ -118,6 +125,7 @@ class PairCase(AsyncTestCase):
 
         self.io_loop.run_sync(end)
         super().tearDown()
+        gc.collect()
         logging.getLogger().removeHandler(self.tracebacks)
         self.assertEqual(self.tracebacks.found, [])
 
