@@ -169,12 +169,15 @@ class WebSocketClient:
 
     def _receive(self, frame: str | bytes) -> None:
         """Take one message, or raise ValueError and leave everything as it was."""
-        match json.loads(frame) if isinstance(frame, str) else None:
-            case {"epoch": str(epoch), "offset": int(offset), "samples": list(samples)}:
-                pass
-            case _:
-                raise ValueError("not a message of this protocol")
-        if isinstance(offset, bool) or not 0 <= offset < 10**15:
+        try:
+            message = json.loads(frame) if isinstance(frame, str) else {}
+            epoch, offset, samples = message["epoch"], message["offset"], message["samples"]
+        except (KeyError, TypeError):
+            raise ValueError("not a message of this protocol") from None
+        # The exact types, since True is an int as well.
+        if (type(epoch), type(offset), type(samples)) != (str, int, list):
+            raise ValueError("not a message of this protocol")
+        if not 0 <= offset < 10**15:
             raise ValueError("offset out of range")
         position = self.position
         if epoch != self.epoch:  # this is the first message, or the server was restarted

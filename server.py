@@ -57,8 +57,18 @@ class WebSocketServer(WebSocketHandler):
         cls.history += samples
         del cls.history[: -cls.history_size]
         cls.end += len(samples)
-        for client in list(cls.clients):
+        cls.fan_out(list(cls.clients))
+
+    @classmethod
+    def fan_out(cls, clients: list["WebSocketServer"]) -> None:
+        """Bring these clients up to date, 50 in each turn of the event loop.
+
+        Thousands in one turn would block the loop, and cost more: their unfinished writes pile up.
+        """
+        for client in clients[:50]:
             client.catch_up()
+        if len(clients) > 50:
+            asyncio.get_running_loop().call_soon(cls.fan_out, clients[50:])
 
     @classmethod
     @functools.lru_cache(maxsize=8)  # most clients need the same message: encode it once
@@ -189,6 +199,7 @@ async def main() -> None:
     server.stop()
     await server.close_all_connections()  # those that have not become WebSockets
     for client in list(WebSocketServer.clients):
+        client.catch_up()  # all end at the same offset
         client.close(1001, "going away")
     while WebSocketServer.clients:  # Tornado gives each of them 5 s to answer
         await asyncio.sleep(0.01)

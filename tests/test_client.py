@@ -250,7 +250,7 @@ class RetryTests(ClientCase):
 
         with mock.patch("random.uniform", uniform):
             self.play([1001], [1001], [message(0, [1]), 1001], [1001], [message(1, [2])], [1001])
-            self.client.retry_delay = 3
+            self.client.retry_delay = 3.0
             await until(lambda: len(bounds) > 10)
             self.client._attempt = 5_000  # a month without a server
             count = len(bounds)

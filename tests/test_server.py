@@ -230,6 +230,24 @@ class MessageTests(ServerCase):
                 self.assertEqual(await self.read(connection), (offset, [offset]))
 
     @gen_test
+    async def test_hundreds_of_clients_are_served_in_several_turns(self) -> None:
+        """With 120 clients, one turn of the event loop serves 50, and soon all have everything."""
+        connections = [await self.connect() for _ in range(120)]
+        for connection in connections:
+            await self.read(connection)
+        self.server.send_message([1])
+        self.server.send_message([0])
+        positions = sorted(handler.position for handler in self.server.clients)
+        self.assertEqual(positions, [0] * 70 + [1] * 50)
+        for connection in connections:
+            received: list[int] = []
+            while len(received) < 2:
+                offset, samples = await self.read(connection)
+                self.assertEqual(offset, len(received))
+                received += samples
+            self.assertEqual(received, [1, 0])
+
+    @gen_test
     async def test_several_batches_at_once_reach_a_ready_client(self) -> None:
         """Batches that are sent before the event loop turns are followed by nothing to wait for."""
         connection = await self.connect()
