@@ -32,18 +32,22 @@ class BetaBinomial:
 
     @property
     def alpha(self) -> int:
+        """The prior's 1, and the successes."""
         return 1 + self.successes
 
     @property
     def beta(self) -> int:
+        """The prior's 1, and the failures."""
         return 1 + self.trials - self.successes
 
     @property
     def mean(self) -> float:
+        """The expected success probability."""
         return self.alpha / (self.alpha + self.beta)
 
     @property
     def sd(self) -> float:
+        """The standard deviation of the success probability."""
         return math.sqrt(self.mean * (1 - self.mean) / (self.alpha + self.beta + 1))
 
     def update(self, samples: list[int]) -> "BetaBinomial":
@@ -120,7 +124,7 @@ class WebSocketClient:
             # (RFC 6455, section 7.2.3). Bounded twice, since 2 ** 1024 is too large for a float.
             wait = random.uniform(0, min(30, self.retry_delay * 2 ** min(self._attempt, 1000)))
             self._attempt += 1
-            log.warning("%s; next try in %.1f s", reason, wait)
+            log.warning("%.300s; next try in %.1f s", reason, wait)
             await asyncio.sleep(wait)
 
     async def _follow(self) -> str:
@@ -157,7 +161,10 @@ class WebSocketClient:
             connection = await asyncio.shield(connecting)
             log.info("connected to %s", request.url)
             await closed.wait()
-            return problem or f"closed: {connection.close_code} {connection.close_reason!r}"
+            code, text = connection.close_code, connection.close_reason
+            return problem or (
+                f"closed by the server: {code} {text!r}" if code else "connection lost"
+            )
         except Exception as error:  # noqa: BLE001 - a stranger's answer can fail in any way
             return f"cannot connect: {error}"
         finally:
@@ -216,10 +223,11 @@ def main() -> None:
     logging.getLogger("tornado.application").setLevel(logging.CRITICAL)
 
     def show(last: str = "") -> str:
-        line = f"{client.posterior}  trials {client.posterior.trials}  missed {client.missed}"
+        posterior = client.posterior  # once: the other thread may replace it at any time
+        line = f"{posterior}  trials {posterior.trials}  missed {client.missed}"
         if terminal:
             width = shutil.get_terminal_size().columns - 3  # leaves room for a ^C
-            picture = client.posterior.density(max(10, min(40, width - len(line) - 4)))
+            picture = posterior.density(max(10, min(40, width - len(line) - 4)))
             print(f"{erase}{f'{line}  |{picture}|':.{width}}", end="", flush=True)
         elif line != last:
             print(line, flush=True)

@@ -314,7 +314,7 @@ class RetryTests(ClientCase):
             await self.restart()
             await until(lambda: client.epoch == self.server.epoch)
         self.assertIn("connected to ws://", logs.output[0])
-        self.assertIn("closed: 1001 'going away'; next try in ", logs.output[1])
+        self.assertIn("closed by the server: 1001 'going away'; next try in ", logs.output[1])
 
     def test_a_url_that_can_never_work_is_refused_at_once(self) -> None:
         """Another scheme, none, no host, or a port out of range: ValueError."""

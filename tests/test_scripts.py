@@ -84,7 +84,7 @@ class PairTests(ScriptCase):
                     stop(server)
             _, err = stop(client)
             self.assertEqual(client.returncode, 0)
-        self.assertIn("closed: 1001 'going away'; next try in ", err)
+        self.assertIn("closed by the server: 1001 'going away'; next try in ", err)
         self.assertNotIn("missed", err)
 
     def test_two_clients_agree_to_the_last_digit(self) -> None:
@@ -99,7 +99,7 @@ class PairTests(ScriptCase):
                 stop(server)
                 for client in (first, second):
                     assert client.stderr is not None
-                    while "closed: 1001" not in client.stderr.readline():
+                    while "closed by the server: 1001" not in client.stderr.readline():
                         pass
                 for client, line in zip((first, second), lines[:2], strict=True):
                     last = [line, *stop(client)[0].splitlines()][-1]
