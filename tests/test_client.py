@@ -391,19 +391,19 @@ class ThreadTests(PairCase):
         loop = asyncio.get_running_loop()
         for count in (1, 2, 3):
             self.client.start()
+            thread = self.client._thread
             self.client.start()
-            self.assertEqual(threading.active_count(), self.threads() + 1)
+            self.assertIs(self.client._thread, thread)
+            assert thread is not None
             self.server.send_message([1])
             await until(lambda count=count: self.client.posterior.trials == count)  # type: ignore[misc]
             self.assertEqual(len(self.server.clients), 1)
             await loop.run_in_executor(None, self.client.stop)
+            self.assertFalse(thread.is_alive())
             self.client.stop()
             await until(lambda: not self.server.clients)
         self.assertEqual(self.client.missed, 0)
         self.assertEqual(self.client.position, self.server.end)
-
-    def threads(self) -> int:
-        return sum(thread is not self.client._thread for thread in threading.enumerate())
 
     @gen_test
     async def test_start_and_stop_at_once(self) -> None:
@@ -411,9 +411,11 @@ class ThreadTests(PairCase):
         loop = asyncio.get_running_loop()
         for _ in range(20):
             self.client.start()
+            thread = self.client._thread
             await loop.run_in_executor(None, self.client.stop)
+            assert thread is not None
+            self.assertFalse(thread.is_alive())
         await until(lambda: not self.server.clients)
-        self.assertEqual(self.threads(), threading.active_count())
 
     def test_stop_ends_a_wait_at_once(self) -> None:
         """stop() ends a client that is waiting to try again, however long the wait."""

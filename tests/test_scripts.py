@@ -77,10 +77,15 @@ class PairTests(ScriptCase):
         with running("client.py", "--url", f"ws://127.0.0.1:{port}/websocket") as client:
             assert client.stderr is not None
             self.assertIn("cannot connect: [Errno", client.stderr.readline())
-            for enough in (100, 10_000):
-                with running("server.py", *FAST, "--port", port, "--batch", "50") as server:
+            trials = 0
+            for _ in range(2):
+                # Slow enough for the history to hold the new run until the client is back.
+                with running("server.py", *FAST, "--port", port, "--interval", "10") as server:
                     first_line(server)
-                    self.follow(client, enough)
+                    trials += 50
+                    match = LINE.fullmatch(self.follow(client, trials))
+                    assert match is not None
+                    trials = int(match["trials"])
                     stop(server)
             _, err = stop(client)
             self.assertEqual(client.returncode, 0)
@@ -112,6 +117,31 @@ class PairTests(ScriptCase):
             with running("client.py", "--url", first_line(server)) as client:
                 line = self.follow(client, 100)
             self.assertRegex(line, r"^Beta\(\d+1, 1\)  mean .*  trials \d+0  missed 0$")
+
+
+class GarbageTests(ScriptCase):
+    def test_a_bad_handshake_is_one_line(self) -> None:
+        """A port that answers garbage, or a 101 that is wrong: one line a try, no traceback."""
+        for reply in (b"garbage\r\n\r\n", b"HTTP/1.1 101 Sure\r\n\r\n"):
+            with self.subTest(reply=reply), socket.socket() as listener:
+                listener.bind(("127.0.0.1", 0))
+                listener.listen()
+                url = f"ws://127.0.0.1:{listener.getsockname()[1]}/"
+                # Tornado forgets to close the connection of a 101 that it does not accept,
+                # which only "-W error" would say.
+                command = [sys.executable, "client.py", "--url", url]
+                with subprocess.Popen(
+                    command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+                ) as client:
+                    for _ in range(2):
+                        connection, _address = listener.accept()
+                        connection.recv(65_536)
+                        connection.sendall(reply)
+                        connection.close()
+                    _, err = stop(client)
+                self.assertEqual(client.returncode, 0)
+                for line in err.splitlines():
+                    self.assertRegex(line, r"^\S+ cannot connect: .*; next try in \d+\.\d s$")
 
 
 class SignalTests(ScriptCase):
