@@ -100,7 +100,8 @@ class WebSocketClient:
     def start(self) -> None:
         """Follow the stream in a background thread, until `stop`."""
         if self._thread is None:
-            self._runner = asyncio.Runner()
+            # A loop_factory, or Runner would replace the event loop of the thread that calls this.
+            self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
             self._task = self._runner.get_loop().create_task(self.run())
             self._thread = threading.Thread(target=self._listen, daemon=True)
             self._thread.start()

@@ -133,7 +133,7 @@ class PairCase(AsyncTestCase):
 @contextlib.contextmanager
 def running(script: str, *options: str) -> Iterator[subprocess.Popen[str]]:
     """Run server.py or client.py as a user would, with pipes for both outputs; kill it at the end."""
-    command = [sys.executable, "-X", "dev", "-W", "error", str(ROOT / script), *options]
+    command = [sys.executable, "-W", "error", str(ROOT / script), *options]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
     ) as process:
