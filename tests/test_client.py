@@ -428,9 +428,12 @@ class ThreadTests(PairCase):
     def test_start_leaves_the_callers_event_loop_alone(self) -> None:
         """After start() and stop() the calling thread has the event loop that it had before."""
         before = asyncio.get_event_loop_policy().get_event_loop()
-        self.client.start()
-        self.assertIs(asyncio.get_event_loop_policy().get_event_loop(), before)
-        self.client.stop()
+        client = WebSocketClient("ws://no-such-host.invalid/")
+        with self.assertLogs("client"):
+            client.start()
+            self.assertIs(asyncio.get_event_loop_policy().get_event_loop(), before)
+            self.io_loop.run_sync(lambda: until(lambda: client._attempt))
+            client.stop()
         self.assertIs(asyncio.get_event_loop_policy().get_event_loop(), before)
 
     def test_stop_without_start(self) -> None:
