@@ -121,6 +121,7 @@ class WebSocketServer(WebSocketHandler):
             pass  # it is closing: on_close comes next
         except Exception as error:  # noqa: BLE001 - whatever is wrong, it costs the others nothing
             log.error("client %s dropped: %r", self.request.remote_ip, error)
+            self.clients.discard(self)
             self.close()
 
     def on_message(self, message: str | bytes) -> None:
