@@ -72,10 +72,11 @@ class WebSocketServer(WebSocketHandler):
 
     @classmethod
     @functools.lru_cache(maxsize=8)  # most clients need the same message: encode it once
-    def message(cls, offset: int, end: int) -> bytes:
-        """Encode the samples from this offset to the end of the log."""
-        samples = cls.history[offset - end + len(cls.history) :]
-        return json.dumps({"epoch": cls.epoch, "offset": offset, "samples": samples}).encode()
+    def message(cls, position: int, end: int) -> bytes:
+        """Encode what a client at this position lacks, as far as the history still has it."""
+        samples = cls.history[max(0, position - end + len(cls.history)) :]
+        message = {"epoch": cls.epoch, "offset": end - len(samples), "samples": samples}
+        return json.dumps(message).encode()
 
     def prepare(self) -> None:
         """Find the position that the URL asks for, or refuse the connection with a reason."""
@@ -112,10 +113,8 @@ class WebSocketServer(WebSocketHandler):
             return
         if self.last_write and self.position == self.end:
             return
-        oldest = self.end - len(self.history)
         try:
-            message = self.message(max(self.position, oldest), self.end)
-            self.last_write = self.write_message(message)
+            self.last_write = self.write_message(self.message(self.position, self.end))
             self.position = self.end
         except WebSocketClosedError:
             pass  # it is closing: on_close comes next
