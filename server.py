@@ -37,6 +37,7 @@ class WebSocketServer(WebSocketHandler):
     """One client: a position in the numbered log of samples, which all clients share."""
 
     clients: ClassVar[set["WebSocketServer"]] = set()
+    behind: ClassVar[set["WebSocketServer"]] = set()  # clients that the newest samples are due to
     max_clients = 1_000  # below the usual limit of 1,024 open files
     epoch = secrets.token_hex(4)  # which run of the stream the offsets belong to
     end = 0  # the offset of the next sample, that is, how many there have been
@@ -57,18 +58,21 @@ class WebSocketServer(WebSocketHandler):
         cls.history += samples
         del cls.history[: -cls.history_size]
         cls.end += len(samples)
-        cls.fan_out(list(cls.clients))
+        idle = not cls.behind  # else a turn of the event loop is on its way
+        cls.behind.update(cls.clients)
+        if idle:
+            cls.fan_out()
 
     @classmethod
-    def fan_out(cls, clients: list["WebSocketServer"]) -> None:
-        """Bring these clients up to date, 50 in each turn of the event loop.
+    def fan_out(cls) -> None:
+        """Bring the clients that are behind up to date, 50 in each turn of the event loop.
 
         Thousands in one turn would block the loop, and cost more: their unfinished writes pile up.
         """
-        for client in clients[:50]:
-            client.catch_up()
-        if len(clients) > 50:
-            asyncio.get_running_loop().call_soon(cls.fan_out, clients[50:])
+        for _ in range(min(50, len(cls.behind))):
+            cls.behind.pop().catch_up()
+        if cls.behind:
+            asyncio.get_running_loop().call_soon(cls.fan_out)
 
     @classmethod
     @functools.lru_cache(maxsize=8)  # most clients need the same message: encode it once

@@ -175,7 +175,7 @@ def fresh(handler: Server, **attributes: Any) -> Server:
     """Return a subclass of the handler with a log and clients of its own."""
     if issubclass(handler, WebSocketServer):
         return type("Fresh", (fresh_server(**attributes), handler), {})
-    return type("Fresh", (handler,), {"clients": set(), "end": 0} | attributes)
+    return type("Fresh", (handler,), {"clients": set(), "behind": set(), "end": 0} | attributes)
 
 
 @contextlib.asynccontextmanager

@@ -28,7 +28,13 @@ TIMEOUT = 30  # seconds until a condition that never comes true fails a test; no
 
 def fresh_server(**attributes: Any) -> type[WebSocketServer]:
     """Return a WebSocketServer with a log and clients of its own, such as a new process has."""
-    log = {"clients": set(), "history": [], "end": 0, "epoch": secrets.token_hex(4)}
+    log = {
+        "clients": set(),
+        "behind": set(),
+        "history": [],
+        "end": 0,
+        "epoch": secrets.token_hex(4),
+    }
     return type("FreshServer", (WebSocketServer,), log | attributes)
 
 

@@ -50,7 +50,13 @@ class FastLaneTests(PairCase):
 
     def listen(self, port: int | None = None) -> None:
         """Serve the recipe instead of the ordinary server."""
-        log = {"clients": set(), "history": [], "end": 0, "epoch": secrets.token_hex(4)}
+        log = {
+            "clients": set(),
+            "behind": set(),
+            "history": [],
+            "end": 0,
+            "epoch": secrets.token_hex(4),
+        }
         self.server = type("FreshFastLane", (self.recipe,), log)
         listener, self.port = bind_unused_port()
         self.http_server = HTTPServer(make_app(self.server), idle_connection_timeout=10)

@@ -749,7 +749,13 @@ class ListenTooTests(PairCase):
     def setUp(self) -> None:
         super().setUp()
         self.recipe: Any = load("Listen, too")["ListeningServer"]
-        log = {"clients": set(), "history": [], "end": 0, "epoch": secrets.token_hex(4)}
+        log = {
+            "clients": set(),
+            "behind": set(),
+            "history": [],
+            "end": 0,
+            "epoch": secrets.token_hex(4),
+        }
         self.handler: type[WebSocketServer] = type("FreshServer", (self.recipe,), log)
         self.address = self.serve(make_app(self.handler))
 
