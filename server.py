@@ -69,10 +69,11 @@ class WebSocketServer(WebSocketHandler):
 
         Thousands in one turn would block the loop, and cost more: their unfinished writes pile up.
         """
-        for _ in range(min(50, len(cls.behind))):
-            cls.behind.pop().catch_up()
+        clients = [cls.behind.pop() for _ in range(min(50, len(cls.behind)))]
         if cls.behind:
             asyncio.get_running_loop().call_soon(cls.fan_out)
+        for client in clients:
+            client.catch_up()
 
     @classmethod
     @functools.lru_cache(maxsize=8)  # most clients need the same message: encode it once

@@ -253,11 +253,10 @@ async def caught_up(stream: Stream, *clients: Client) -> None:
     for client in clients:
         if isinstance(client, Recorder):
             await at(client, stream.end)
-        else:
-            size = -1
-            while size != len(client.seen):
-                size = len(client.seen)
-                await asyncio.sleep(0.5)
+    plain = [client for client in clients if isinstance(client, PlainClient)]
+    seen = -1
+    while plain and seen != (seen := sum(len(client.seen) for client in plain)):
+        await asyncio.sleep(0.5)
 
 
 @contextlib.contextmanager
