@@ -146,7 +146,7 @@ class WebSocketClient:
                     log.exception("on_message failed")
                     problem = "on_message failed"
                 if problem:
-                    connecting.add_done_callback(close)
+                    close(connecting)
 
         def close(connecting: asyncio.Future[WebSocketClientConnection]) -> None:
             if not connecting.exception():

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import functools
+import gc
 import json
 import logging
 import random
@@ -37,7 +38,6 @@ class WebSocketServer(WebSocketHandler):
     """One client: a position in the numbered log of samples, which all clients share."""
 
     clients: ClassVar[set["WebSocketServer"]] = set()
-    behind: ClassVar[set["WebSocketServer"]] = set()  # clients that the newest samples are due to
     max_clients = 1_000  # below the usual limit of 1,024 open files
     epoch = secrets.token_hex(4)  # which run of the stream the offsets belong to
     end = 0  # the offset of the next sample, that is, how many there have been
@@ -45,7 +45,7 @@ class WebSocketServer(WebSocketHandler):
     history_size = 10_000
 
     position = 0  # the offset of the next sample that this client needs
-    last_write: asyncio.Future[None] | None = None
+    writing = False  # whether the last message to this client is unfinished
 
     @classmethod
     def send_message(cls, samples: list[Any]) -> None:
@@ -58,22 +58,9 @@ class WebSocketServer(WebSocketHandler):
         cls.history += samples
         del cls.history[: -cls.history_size]
         cls.end += len(samples)
-        idle = not cls.behind  # else a turn of the event loop is on its way
-        cls.behind.update(cls.clients)
-        if idle:
-            cls.fan_out()
-
-    @classmethod
-    def fan_out(cls) -> None:
-        """Bring the clients that are behind up to date, 50 in each turn of the event loop.
-
-        Thousands in one turn would block the loop, and cost more: their unfinished writes pile up.
-        """
-        clients = [cls.behind.pop() for _ in range(min(50, len(cls.behind)))]
-        if cls.behind:
-            asyncio.get_running_loop().call_soon(cls.fan_out)
-        for client in clients:
-            client.catch_up()
+        for client in list(cls.clients):  # a copy, since one that is dropped leaves the set
+            if not client.writing:
+                client.catch_up()
 
     @classmethod
     @functools.lru_cache(maxsize=8)  # most clients need the same message: encode it once
@@ -106,27 +93,31 @@ class WebSocketServer(WebSocketHandler):
         self.set_nodelay(True)  # or small messages wait for the acknowledgement of earlier ones
         self.catch_up()
 
-    def catch_up(self, _: object = None) -> None:
-        """Send all that this client lacks, as one message, once its last write is finished.
+    def catch_up(self) -> None:
+        """Send all that this client lacks, as one message.
 
-        A slow client has one unfinished write instead of a queue that grows: it is passed over
-        until then, and gets fewer, larger messages.
+        Until it is written the client is passed over. So a slow client has one unfinished write
+        instead of a queue that grows, and gets fewer, larger messages.
         """
-        if self.last_write and not self.last_write.done():
-            self.last_write.remove_done_callback(self.catch_up)  # one call later is enough
-            self.last_write.add_done_callback(self.catch_up)
-            return
-        if self.last_write and self.position == self.end:
-            return
         try:
-            self.last_write = self.write_message(self.message(self.position, self.end))
-            self.position = self.end
+            write = self.write_message(self.message(self.position, self.end))
         except WebSocketClosedError:
-            pass  # it is closing: on_close comes next
+            return  # it is closing: on_close comes next
         except Exception as error:  # noqa: BLE001 - whatever is wrong, it costs the others nothing
             log.error("client %s dropped: %r", self.request.remote_ip, error)
             self.clients.discard(self)
             self.close()
+            return
+        self.position, self.writing = self.end, True
+        write.add_done_callback(self.written)
+
+    def written(self, write: asyncio.Future[None]) -> None:
+        """Go on with what has come while the last message was being written."""
+        self.writing = False
+        # Looked at, or asyncio would log a traceback for each write to a connection that broke.
+        failed = write.cancelled() or write.exception()
+        if not failed and self.position < self.end:
+            self.catch_up()
 
     def on_message(self, message: str | bytes) -> None:
         """Close the connection: this stream is read-only."""
@@ -136,9 +127,6 @@ class WebSocketServer(WebSocketHandler):
         """Forget this client."""
         self.clients.discard(self)
         log.info("client %s closed, %d in all", self.request.remote_ip, len(self.clients))
-        if self.last_write:
-            # asyncio logs a traceback for an exception that nobody has looked at.
-            self.last_write.add_done_callback(lambda write: write.cancelled() or write.exception())
 
 
 def make_app(handler: type[WebSocketServer] = WebSocketServer) -> Application:
@@ -176,6 +164,8 @@ async def main() -> None:
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     log.setLevel(logging.INFO)
 
+    # Or Python looks for garbage among thousands of unfinished writes, again and again.
+    gc.set_threshold(50_000)
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
@@ -202,11 +192,10 @@ async def main() -> None:
 
     sampling.stop()
     server.stop()
-    await server.close_all_connections()  # those that have not become WebSockets
-    for client in list(WebSocketServer.clients):
-        client.catch_up()  # all end at the same offset
-        client.close(1001, "going away")
+    await asyncio.sleep(0.1)  # a write that is nearly finished is followed by the last samples
     while WebSocketServer.clients:  # Tornado gives each of them 5 s to answer
+        for client in list(WebSocketServer.clients):
+            client.close(1001, "going away")
         await asyncio.sleep(0.01)
 
 

@@ -10,6 +10,7 @@ import base64
 import contextlib
 import dataclasses
 import functools
+import gc
 import hashlib
 import importlib.metadata
 import json
@@ -109,6 +110,7 @@ def tornado_port(application: Application, pings: bool, port: int) -> int:
 
 @asynccontextmanager
 async def ours(pings: bool, port: int) -> AsyncIterator[tuple[int, Send]]:
+    gc.set_threshold(50_000)  # as server.py's main does
     WebSocketServer.end, WebSocketServer.max_clients = FIRST, 100_000
     yield tornado_port(make_app(), pings, port), WebSocketServer.send_message
 
@@ -118,6 +120,7 @@ async def fast_lane(pings: bool, port: int) -> AsyncIterator[tuple[int, Send]]:
     names: dict[str, Any] = {}
     exec(readme_blocks("The fast lane", "python")[0], names)  # noqa: S102 - our own README
     server: type[WebSocketServer] = names["FastLane"]
+    gc.set_threshold(50_000)  # as server.py's main does
     server.end, server.max_clients = FIRST, 100_000
     yield tornado_port(make_app(server), pings, port), server.send_message
 
@@ -510,7 +513,7 @@ async def serving(
                     start = time.perf_counter()
                     for _ in range(batches):
                         await send([coin.sample() for _ in range(batch)])
-                        while client.last_write and not client.last_write.done():
+                        while client.writing:
                             await asyncio.sleep(0)
                     while WebSocketServer.clients:
                         await asyncio.sleep(0.001)

@@ -83,9 +83,6 @@ class PlainServer(WebSocketHandler):
         """Forget a client."""
         self.clients.discard(self)
 
-    def catch_up(self) -> None:
-        """Do nothing, where the pair's main sends what a client still lacks."""
-
 
 class PlainClient:
     """The plain pattern: read until the connection ends, wait, connect again."""
@@ -174,8 +171,8 @@ class Stream:
 def fresh(handler: Server, **attributes: Any) -> Server:
     """Return a subclass of the handler with a log and clients of its own."""
     if issubclass(handler, WebSocketServer):
-        return type("Fresh", (fresh_server(**attributes), handler), {})
-    return type("Fresh", (handler,), {"clients": set(), "behind": set(), "end": 0} | attributes)
+        return fresh_server(handler, **attributes)
+    return type("Fresh", (handler,), {"clients": set(), "end": 0} | attributes)
 
 
 @contextlib.asynccontextmanager
@@ -479,6 +476,7 @@ class FakeServer(Peer):
         self.hold = hold  # keep the connection until the client says goodbye
         self.deaf = deaf  # keep the connection for good, and read nothing more
         self.sent = 0  # bytes
+        self.codes: list[int] = []  # those with which clients have said goodbye
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Say what is canned, then read until the client says goodbye or is gone."""
@@ -497,7 +495,9 @@ class FakeServer(Peer):
             if self.deaf:
                 await asyncio.Future()
             while self.hold and (data := await reader.read(2**16)):
-                if data[0] == 0x88:  # a Close frame
+                if data[0] == 0x88:  # a Close frame, whose payload is masked
+                    mask, code = struct.unpack("!HxxH", data[2:8])
+                    self.codes.append(mask ^ code)
                     break
         except (OSError, asyncio.IncompleteReadError):
             pass

@@ -26,16 +26,12 @@ ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 30  # seconds until a condition that never comes true fails a test; no measurement
 
 
-def fresh_server(**attributes: Any) -> type[WebSocketServer]:
-    """Return a WebSocketServer with a log and clients of its own, such as a new process has."""
-    log = {
-        "clients": set(),
-        "behind": set(),
-        "history": [],
-        "end": 0,
-        "epoch": secrets.token_hex(4),
-    }
-    return type("FreshServer", (WebSocketServer,), log | attributes)
+def fresh_server(
+    handler: type[WebSocketServer] = WebSocketServer, **attributes: Any
+) -> type[WebSocketServer]:
+    """Return a subclass with a log and clients of its own, such as a new process has."""
+    log = {"clients": set(), "history": [], "end": 0, "epoch": secrets.token_hex(4)}
+    return type("FreshServer", (handler,), log | attributes)
 
 
 async def until(condition: Callable[[], object]) -> None:

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import secrets
 import socket
 from typing import Any, ClassVar
 
@@ -14,7 +13,7 @@ from tornado.websocket import WebSocketClientConnection, websocket_connect
 from client import WebSocketClient
 from server import WebSocketServer, make_app
 from tests import test_faults
-from tests.support import PairCase, readme_blocks, until
+from tests.support import PairCase, fresh_server, readme_blocks, until
 
 HANDSHAKE = (
     b"GET /websocket HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -50,14 +49,7 @@ class FastLaneTests(PairCase):
 
     def listen(self, port: int | None = None) -> None:
         """Serve the recipe instead of the ordinary server."""
-        log = {
-            "clients": set(),
-            "behind": set(),
-            "history": [],
-            "end": 0,
-            "epoch": secrets.token_hex(4),
-        }
-        self.server = type("FreshFastLane", (self.recipe,), log)
+        self.server = fresh_server(self.recipe)
         listener, self.port = bind_unused_port()
         self.http_server = HTTPServer(make_app(self.server), idle_connection_timeout=10)
         self.http_server.add_socket(listener)

@@ -50,7 +50,7 @@ class ReadmeTests(unittest.TestCase):
                 if getattr(thing, "__module__", "") == module.__name__
             }
             self.assertEqual(stated, public)
-        for name in ("send_message", "catch_up", "history_size", "max_clients"):
+        for name in ("send_message", "catch_up", "written", "history_size", "max_clients"):
             self.assertTrue(hasattr(WebSocketServer, name))
         for name in ("_receive", "run", "on_message"):
             self.assertTrue(hasattr(WebSocketClient, name))

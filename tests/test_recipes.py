@@ -12,7 +12,6 @@ import math
 import os
 import random
 import re
-import secrets
 import signal
 import statistics
 import subprocess
@@ -30,13 +29,14 @@ from tornado.testing import bind_unused_port, gen_test
 from tornado.websocket import WebSocketClientConnection, websocket_connect
 
 from client import WebSocketClient
-from server import WebSocketServer, make_app
+from server import make_app
 from tests.support import (
     ROOT,
     TIMEOUT,
     PairCase,
     Tracebacks,
     first_line,
+    fresh_server,
     readme_blocks,
     running,
     until,
@@ -483,7 +483,7 @@ class SlowWorkTests(PairCase):
                 await until(lambda: begun)
                 turns = 0
                 while turns < 50:  # of the event loop without progress: the kernel takes no more
-                    if handler.last_write and handler.last_write.done():
+                    if not handler.writing:
                         send()
                         turns = 0
                         self.assertLess(len(sent), 1_000)
@@ -749,14 +749,7 @@ class ListenTooTests(PairCase):
     def setUp(self) -> None:
         super().setUp()
         self.recipe: Any = load("Listen, too")["ListeningServer"]
-        log = {
-            "clients": set(),
-            "behind": set(),
-            "history": [],
-            "end": 0,
-            "epoch": secrets.token_hex(4),
-        }
-        self.handler: type[WebSocketServer] = type("FreshServer", (self.recipe,), log)
+        self.handler = fresh_server(self.recipe)
         self.address = self.serve(make_app(self.handler))
 
     async def connect(self) -> WebSocketClientConnection:

@@ -746,7 +746,7 @@ class EventStreamTests(EventsCase):
         await reader.event()
         (handler,) = self.server.clients
         sample = "x" * 100_000
-        while handler.last_write is None or handler.last_write.done():
+        while not handler.writing:
             self.server.send_message([sample])
             await asyncio.sleep(0)
         position = handler.position
