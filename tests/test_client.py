@@ -305,6 +305,20 @@ class RetryTests(ClientCase):
             server.close()
 
     @gen_test
+    async def test_pings_and_the_bound_of_the_handshake(self) -> None:
+        """The handshake is bounded at 10 s, and pings go out every 10 s with a timeout of 10 s."""
+        failed = mock.AsyncMock(side_effect=OSError("not now"))
+        with (
+            mock.patch("client.websocket_connect", failed) as connect,
+            self.assertLogs("client", "WARNING"),
+        ):
+            self.follow(WebSocketClient(self.url, retry_delay=0.01))
+            await until(lambda: connect.call_count > 1)
+        (request, *_), options = connect.call_args
+        self.assertEqual((request.connect_timeout, request.request_timeout), (10, 10))
+        self.assertEqual((options["ping_interval"], options["ping_timeout"]), (10, 10))
+
+    @gen_test
     async def test_a_closed_connection_is_said_with_its_code(self) -> None:
         """The line for a closed connection has the code and the reason that the server gave."""
         client = WebSocketClient(self.url, retry_delay=0.01)
@@ -531,7 +545,7 @@ class PairTests(PairCase):
     async def test_closed_before_the_first_message(self) -> None:
         """A connection that ends before its first message has counted nothing: joins again."""
         client = WebSocketClient(self.url, 0.01)
-        with mock.patch.object(self.server, "catch_up", lambda handler, _=None: handler.close()):
+        with mock.patch.object(self.server, "catch_up", lambda handler: handler.close()):
             self.follow(client)
             await until(lambda: client._attempt > 2)
         self.assertIsNone(client.epoch)

@@ -154,6 +154,20 @@ class SignalTests(ScriptCase):
                 self.assertEqual(stop(server, number), ("", ""))
                 self.assertEqual(server.returncode, 0)
 
+    def test_signal_after_the_end_of_the_server_is_ignored(self) -> None:
+        """A signal that comes when the event loop is closed already costs no traceback."""
+        code = f"""if True:
+            import asyncio, os, signal, sys, server
+            server.RandomBernoulli.sample = lambda coin: os.kill(os.getpid(), signal.SIGTERM)
+            sys.argv = ["server.py", *{FAST}]
+            asyncio.run(server.main())
+            for number in signal.SIGINT, signal.SIGTERM:
+                os.kill(os.getpid(), number)"""
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
+        )
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+
     def test_client_ends_with_0_and_its_last_posterior(self) -> None:
         """Ctrl-C and SIGTERM while the client waits print the last posterior; status 0."""
         url = f"ws://127.0.0.1:{free_port()}/websocket"
