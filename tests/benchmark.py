@@ -116,6 +116,14 @@ async def ours(pings: bool, port: int) -> AsyncIterator[tuple[int, Send]]:
 
 
 @asynccontextmanager
+async def usual_collector(pings: bool, port: int) -> AsyncIterator[tuple[int, Send]]:
+    usual = gc.get_threshold()
+    async with ours(pings, port) as serving:
+        gc.set_threshold(*usual)
+        yield serving
+
+
+@asynccontextmanager
 async def fast_lane(pings: bool, port: int) -> AsyncIterator[tuple[int, Send]]:
     names: dict[str, Any] = {}
     exec(readme_blocks("The fast lane", "python")[0], names)  # noqa: S102 - our own README
@@ -295,6 +303,7 @@ async def floor(pings: bool, port: int) -> AsyncIterator[tuple[int, Send]]:
 
 SERVERS: dict[str, Callable[[bool, int], Serving]] = {
     "ours": ours,
+    "ours, usual garbage collector": usual_collector,
     "ours, fast lane": fast_lane,
     "Tornado, plain loop": plain_loop,
     "websockets, broadcast": websockets_broadcast,
@@ -901,7 +910,9 @@ def memory_part(sizes: Sizes) -> None:
     if not Path("/proc/self/statm").exists():
         print("memory is left out: this system has no /proc.")
         return
-    names = present([name for name in SERVERS if not name.startswith("floor")])
+    names = present(
+        [name for name in SERVERS if name.split()[-1] not in ("collector", "socket.send")]
+    )
     idle: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(min(sizes.rounds, 3)):
         for name in names:
