@@ -93,28 +93,29 @@ class WebSocketClient:
         """Update the posterior; replace this method to do something else with the samples.
 
         Each sample comes once, in order, and the list is never empty. After a ValueError, or any
-        other exception, these samples count as not received, and are asked for again.
+        other exception, these samples count as not received, and are asked for again: so change
+        your own state last. It is called in the thread that listens, and cannot be a coroutine.
         """
         self.posterior = self.posterior.update(samples)
 
     def start(self) -> None:
         """Follow the stream in a background thread, until `stop`."""
-        if self._thread is None:
+        if self._thread is None or not self._thread.is_alive():
             # A loop_factory, or Runner would replace the event loop of the thread that calls this.
-            self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
-            self._task = self._runner.get_loop().create_task(self.run())
-            self._thread = threading.Thread(target=self._listen, daemon=True)
+            runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+            self._task = runner.get_loop().create_task(self.run())
+            self._thread = threading.Thread(target=self._listen, args=[runner], daemon=True)
             self._thread.start()
 
     def stop(self) -> None:
         """Close the connection, or give up trying, and wait until the thread has ended."""
-        if self._thread is not None:
-            self._runner.get_loop().call_soon_threadsafe(self._task.cancel)
-            self._thread.join()
-            self._thread = None
+        if self._thread is not None and self._thread.is_alive():
+            self._task.get_loop().call_soon_threadsafe(self._task.cancel)
+            if self._thread is not threading.current_thread():  # which is on_message's
+                self._thread.join()
 
-    def _listen(self) -> None:
-        with self._runner as runner:
+    def _listen(self, runner: asyncio.Runner) -> None:
+        with runner:
             runner.run(asyncio.wait([self._task]))  # which returns, even if the task is cancelled
 
     async def run(self) -> None:
@@ -133,6 +134,10 @@ class WebSocketClient:
         closed = asyncio.Event()
         problem = ""
 
+        def close(handshake: asyncio.Future[WebSocketClientConnection]) -> None:
+            if not handshake.exception():
+                handshake.result().close(1000)
+
         def on_frame(frame: str | bytes | None) -> None:
             nonlocal problem
             if frame is None:  # Tornado's sign for the end of the connection
@@ -146,33 +151,31 @@ class WebSocketClient:
                     log.exception("on_message failed")
                     problem = "on_message failed"
                 if problem:
-                    close(connecting)
-
-        def close(connecting: asyncio.Future[WebSocketClientConnection]) -> None:
-            if not connecting.exception():
-                connecting.result().close(1000)
+                    close(handshake)
 
         query = {"epoch": self.epoch, "offset": str(self.position)} if self.epoch else {}
         # connect_timeout alone does not bound the handshake.
         request = HTTPRequest(url_concat(self.url, query), connect_timeout=10, request_timeout=10)
-        connecting = asyncio.ensure_future(
-            websocket_connect(request, None, None, on_frame, ping_interval=10, ping_timeout=10)
+        handshake = asyncio.ensure_future(
+            websocket_connect(
+                request, on_message_callback=on_frame, ping_interval=10, ping_timeout=10
+            )
         )
         try:
-            connection = await asyncio.shield(connecting)
+            connection = await asyncio.shield(handshake)
             log.info("connected to %s", request.url)
             await closed.wait()
             code, text = connection.close_code, connection.close_reason
-            return problem or (
-                f"closed by the server: {code} {text!r}" if code else "connection lost"
-            )
+            end = f"closed by the server: {code} {text!r}" if code else "connection lost"
+            return problem or end
         except Exception as error:  # noqa: BLE001 - a stranger's answer can fail in any way
-            return f"cannot connect: {error}"
+            return f"cannot connect: {str(error) or repr(error)}"
         finally:
+            problem = problem or "stopped"  # no message that still comes is taken
             # Tornado goes on with a handshake that nobody awaits any more: hence shield, and close.
-            connecting.add_done_callback(close)
-            await asyncio.wait([connecting], timeout=1)
-            if connecting.done() and not connecting.exception():
+            handshake.add_done_callback(close)
+            await asyncio.wait([handshake], timeout=1)
+            if handshake.done() and not handshake.exception():
                 await closed.wait()  # Tornado gives the server 5 s to answer
 
     def _receive(self, frame: str | bytes) -> None:
@@ -196,7 +199,7 @@ class WebSocketClient:
             self.on_message(fresh)
         # Only now: samples that on_message has refused are not counted, but asked for again.
         self.epoch = epoch
-        self.position = position + missed + len(fresh)
+        self.position = max(position, offset + len(samples))
         self.missed += missed
         self._attempt = 0
         if missed:
@@ -215,34 +218,35 @@ def main() -> None:
     except ValueError as error:
         parser.error(f"--url: {error}")
 
-    terminal = os.isatty(1) and sys.stdout.encoding == "utf-8"
+    terminal = os.isatty(1) and sys.stdout.encoding == "utf-8"  # for the block characters
     # In a terminal, a line of log takes the place of the posterior, which goes on below it.
-    erase = "\r\033[K" if terminal else ""
-    logging.basicConfig(format=f"{erase}%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    erase, end = ("\r\033[K", "") if terminal else ("", "\n")
+    erase_for_log = erase if os.isatty(2) else ""
+    logging.basicConfig(format=f"{erase_for_log}%(asctime)s %(message)s", datefmt="%H:%M:%S")
     log.setLevel(logging.INFO)
     # Tornado logs a traceback for a handshake that it cannot accept, where one line is enough.
     logging.getLogger("tornado.application").setLevel(logging.CRITICAL)
 
-    def show(last: str = "") -> str:
+    def show(last: str) -> str:
         posterior = client.posterior  # once: the other thread may replace it at any time
         line = f"{posterior}  trials {posterior.trials}  missed {client.missed}"
         if terminal:
             width = shutil.get_terminal_size().columns - 3  # leaves room for a ^C
             picture = posterior.density(max(10, min(40, width - len(line) - 4)))
-            print(f"{erase}{f'{line}  |{picture}|':.{width}}", end="", flush=True)
-        elif line != last:
-            print(line, flush=True)
+            line = f"{line}  |{picture}|"[:width]
+        if terminal or line != last:  # in a terminal, a line of log may have erased it
+            print(f"{erase}{line}", end=end, flush=True)
         return line
 
-    stopping: list[int] = []
+    stopping: list[int] = []  # an Event could wait for a lock that the interrupted thread holds
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, lambda number, frame: stopping.append(number))
     client.start()
+    line = ""
     try:
-        line = show()
         while not stopping:
-            time.sleep(0.1)
             line = show(line)
+            time.sleep(0.1)
         client.stop()
         show(line)
         if terminal:

@@ -6,6 +6,7 @@ import functools
 import gc
 import json
 import logging
+import os
 import random
 import secrets
 import signal
@@ -45,29 +46,31 @@ class WebSocketServer(WebSocketHandler):
     history_size = 10_000
 
     position = 0  # the offset of the next sample that this client needs
-    writing = False  # whether the last message to this client is unfinished
+    writing = False  # whether its last write is unfinished
 
     @classmethod
     def send_message(cls, samples: list[Any]) -> None:
         """Append the samples to the log, and bring every client that is ready up to date.
 
-        A sample is whatever JSON can hold; at anything else TypeError or ValueError is raised,
-        and the log stays as it was. Call it in the event loop's own thread.
+        A sample is whatever JSON can hold, and must not be changed any more; at anything else
+        TypeError or ValueError is raised, and the log stays as it was. Call it in the event
+        loop's own thread.
         """
         json.dumps(samples, allow_nan=False)  # a bad sample fails here, before it is in the log
         cls.history += samples
         del cls.history[: -cls.history_size]
         cls.end += len(samples)
         for client in list(cls.clients):  # a copy, since one that is dropped leaves the set
-            if not client.writing:
+            if client.position < cls.end and not client.writing:
                 client.catch_up()
 
     @classmethod
     @functools.lru_cache(maxsize=8)  # most clients need the same message: encode it once
     def message(cls, position: int, end: int) -> bytes:
         """Encode what a client at this position lacks, as far as the history still has it."""
-        samples = cls.history[max(0, position - end + len(cls.history)) :]
-        message = {"epoch": cls.epoch, "offset": end - len(samples), "samples": samples}
+        oldest = end - len(cls.history)
+        offset = max(position, oldest)
+        message = {"epoch": cls.epoch, "offset": offset, "samples": cls.history[offset - oldest :]}
         return json.dumps(message).encode()
 
     def prepare(self) -> None:
@@ -102,7 +105,8 @@ class WebSocketServer(WebSocketHandler):
         try:
             write = self.write_message(self.message(self.position, self.end))
         except WebSocketClosedError:
-            return  # it is closing: on_close comes next
+            self.clients.discard(self)  # it is closing, which may take 5 s more
+            return
         except Exception as error:  # noqa: BLE001 - whatever is wrong, it costs the others nothing
             log.error("client %s dropped: %r", self.request.remote_ip, error)
             self.clients.discard(self)
@@ -114,7 +118,7 @@ class WebSocketServer(WebSocketHandler):
     def written(self, write: asyncio.Future[None]) -> None:
         """Go on with what has come while the last message was being written."""
         self.writing = False
-        # Looked at, or asyncio would log a traceback for each write to a connection that broke.
+        # exception() marks a failure as seen, or asyncio would log a traceback for it.
         failed = write.cancelled() or write.exception()
         if not failed and self.position < self.end:
             self.catch_up()
@@ -146,12 +150,11 @@ async def main() -> None:
         usage=argparse.SUPPRESS,  # an error is one line
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    option = parser.add_argument
-    option("--address", default="localhost", help="to listen on")
-    option("--port", type=int, default=8765, help="to listen on; 0 takes a free one")
-    option("--p", type=float, default=0.72, help="probability of a 1")
-    option("--interval", type=int, default=100, help="milliseconds between messages")
-    option("--batch", type=int, default=1, help="samples per message")
+    parser.add_argument("--address", default="localhost", help="to listen on")
+    parser.add_argument("--port", type=int, default=8765, help="to listen on; 0 takes a free one")
+    parser.add_argument("--p", type=float, default=0.72, help="probability of a 1")
+    parser.add_argument("--interval", type=int, default=100, help="milliseconds between messages")
+    parser.add_argument("--batch", type=int, default=1, help="samples per message")
     options = parser.parse_args()
     for name, low, high in (
         ("p", 0, 1),
@@ -164,10 +167,11 @@ async def main() -> None:
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     log.setLevel(logging.INFO)
 
-    # Or Python looks for garbage among thousands of unfinished writes, again and again.
+    # A message to thousands of clients makes thousands of objects: look for garbage less often.
     gc.set_threshold(50_000)
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in signal.SIGINT, signal.SIGTERM:
+        # A signal comes at any point of the code, so it only wakes the loop.
         signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
 
     server = HTTPServer(make_app(), idle_connection_timeout=10, max_body_size=1024)
@@ -177,6 +181,8 @@ async def main() -> None:
         host = f"[{options.address}]" if ":" in options.address else options.address
         print(f"ws://{host}:{sockets[0].getsockname()[1]}/websocket", flush=True)
     except (OSError, UnicodeError) as error:
+        # Python flushes standard output again as it exits: let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(f"server.py: {options.address}:{options.port}: {error}")
 
     coin = RandomBernoulli(options.p)
@@ -188,12 +194,13 @@ async def main() -> None:
 
     await stop.wait()
     for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, signal.SIG_IGN)  # a second one finds no loop any more
+        signal.signal(number, signal.SIG_IGN)  # a second one would find the loop closed
 
     sampling.stop()
     server.stop()
-    await asyncio.sleep(0.1)  # a write that is nearly finished is followed by the last samples
-    while WebSocketServer.clients:  # Tornado gives each of them 5 s to answer
+    await asyncio.sleep(0.1)  # in which the last samples follow writes that are nearly finished
+    deadline = loop.time() + 5
+    while WebSocketServer.clients and loop.time() < deadline:
         for client in list(WebSocketServer.clients):
             client.close(1001, "going away")
         await asyncio.sleep(0.01)

@@ -391,6 +391,7 @@ class RunTests(ClientCase):
         go_on.set()
         await until(lambda: Slow.closed)
         self.assertEqual(Slow.closed, [1000])
+        self.assertEqual(client.posterior.trials, 0)
 
 
 class ThreadTests(PairCase):
@@ -429,6 +430,18 @@ class ThreadTests(PairCase):
             await loop.run_in_executor(None, self.client.stop)
             assert thread is not None
             self.assertFalse(thread.is_alive())
+        await until(lambda: not self.server.clients)
+
+    @gen_test
+    async def test_stop_from_on_message(self) -> None:
+        """on_message may call stop(): its samples are counted, and the thread ends."""
+        with mock.patch.object(self.client, "on_message", lambda samples: self.client.stop()):
+            self.client.start()
+            thread = self.client._thread
+            assert thread is not None
+            self.server.send_message([1])
+            await until(lambda: not thread.is_alive())
+        self.assertEqual(self.client.position, 1)
         await until(lambda: not self.server.clients)
 
     def test_stop_ends_a_wait_at_once(self) -> None:

@@ -168,6 +168,19 @@ class SignalTests(ScriptCase):
         )
         self.assertEqual((done.returncode, done.stderr), (0, ""))
 
+    def test_server_ends_whatever_its_clients_do(self) -> None:
+        """A client that is never closed, whatever its reason, cannot keep the server from ending."""
+        code = f"""if True:
+            import asyncio, os, signal, sys, unittest.mock, server
+            server.WebSocketServer.clients.add(unittest.mock.Mock(position=0, writing=True))
+            server.RandomBernoulli.sample = lambda coin: os.kill(os.getpid(), signal.SIGTERM)
+            sys.argv = ["server.py", *{FAST}]
+            asyncio.run(server.main())"""
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
+        )
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+
     def test_client_ends_with_0_and_its_last_posterior(self) -> None:
         """Ctrl-C and SIGTERM while the client waits print the last posterior; status 0."""
         url = f"ws://127.0.0.1:{free_port()}/websocket"
@@ -309,6 +322,21 @@ class OutputTests(ScriptCase):
                 errors = [line for line in result.stderr.splitlines() if "cannot" not in line]
                 self.assertEqual(len(errors), 1, result.stderr)
                 self.assertIn("No space left", errors[0])
+
+    def test_a_log_in_a_file_is_plain_text(self) -> None:
+        """With only standard output on a terminal, the log has no escape sequences."""
+        master, slave = pty.openpty()
+        command = [sys.executable, "-X", "utf8", "client.py"]
+        url = f"ws://127.0.0.1:{free_port()}/"
+        with subprocess.Popen(
+            [*command, "--url", url], stdout=slave, stderr=subprocess.PIPE, text=True, cwd=ROOT
+        ) as client:
+            assert client.stderr is not None
+            line = client.stderr.readline()
+            client.terminate()
+        self.assertRegex(line, r"^\d\d:\d\d:\d\d cannot connect")
+        os.close(slave)
+        os.close(master)
 
     def test_a_terminal_shows_one_line_and_the_density(self) -> None:
         """On a terminal the line is rewritten in place, with the density in block characters."""

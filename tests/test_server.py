@@ -279,6 +279,16 @@ class MessageTests(ServerCase):
         self.assertEqual(self.server.end, 1_000)
 
     @gen_test
+    async def test_no_samples_make_no_message(self) -> None:
+        """An empty batch sends nothing."""
+        connection = await self.connect()
+        await self.read(connection)
+        await until(lambda: not next(iter(self.server.clients)).writing)
+        for samples in ([], [7]):
+            self.server.send_message(samples)
+        self.assertEqual(await self.read(connection), (0, [7]))
+
+    @gen_test
     async def test_offsets_never_go_back(self) -> None:
         """Within a connection each message starts where the one before it ended."""
         connection = await self.connect()
@@ -421,6 +431,7 @@ class BadClientTests(ServerCase):
         self.assertEqual(len(self.server.clients), 5)
         with self.assertNoLogs(level="ERROR"):
             self.server.send_message([1])
+        self.assertEqual(len(self.server.clients), 3)  # it is not even asked again
         got = [await connection.read_message() for connection in connections]
         self.assertEqual(sum(message is not None for message in got), 3)
 
