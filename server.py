@@ -36,7 +36,10 @@ class RandomBernoulli:
 
 
 class WebSocketServer(WebSocketHandler):
-    """One client: a position in the numbered log of samples, which all clients share."""
+    """One client: a position in the numbered log of samples, which all clients share.
+
+    A second stream is a subclass with clients, history, epoch and end of its own.
+    """
 
     clients: ClassVar[set["WebSocketServer"]] = set()
     max_clients = 1_000  # below the usual limit of 1,024 open files

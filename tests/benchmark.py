@@ -860,7 +860,7 @@ def end_to_end(sizes: Sizes) -> None:
 
 
 def delay(sizes: Sizes) -> None:
-    """Print how old a sample is when it reaches a client: one of ten that are watched."""
+    """Print how old a sample is when it reaches a client: one of fifty that are watched."""
     receivers = {
         "ours": receive_ours,
         "ours, fast lane": receive_ours,
@@ -870,7 +870,7 @@ def delay(sizes: Sizes) -> None:
     names = present(receivers)
     rows = []
     for audience_size in sizes.audiences:
-        watched = min(audience_size, 10)  # spread over the order in which the server goes
+        watched = min(audience_size, 50)  # spread over the order in which the server goes
         with contextlib.ExitStack() as stack:
             servers = {
                 name: stack.enter_context(audience(name, audience_size - watched)) for name in names
