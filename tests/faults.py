@@ -841,13 +841,14 @@ async def vanishing(handler: Server, client_type: type[Client], interval: float)
         stack.push_async_callback(closed, writer)
         writer.write(request())
         await reader.readuntil(b"\r\n\r\n")
+        dropped = asyncio.gather(reader.read(), return_exceptions=True)
         clients += [client_type(stream.url) for _ in range(10)]
         await stack.enter_async_context(following(*clients))
         await until(lambda: len(stream.server.clients) == 11)
         with streaming(stream):
             for _ in range(3):  # 25 s at most, and a condition is polled for up to 30 s
                 with contextlib.suppress(AssertionError):
-                    await until(lambda: len(stream.server.clients) == 10)
+                    await until(dropped.done)
                     break
             else:
                 raise AssertionError("the peer that has vanished is still there")
