@@ -69,6 +69,10 @@ class ReadmeTests(unittest.TestCase):
         self.assertIn(f"the newest {WebSocketServer.history_size:,} samples", README)
         self.assertIn("around the true 0.72", README)
         self.assertIn("default=0.72", inspect.getsource(server.main))
+        threshold = "gc.set_threshold(50_000)"
+        benchmark = (ROOT / "tests" / "benchmark.py").read_text(encoding="utf-8")
+        for text in (README, inspect.getsource(server.main), benchmark):
+            self.assertIn(threshold, text)
         delay = inspect.signature(WebSocketClient).parameters["retry_delay"].default
         waits = [min(30, delay * 2**attempt) for attempt in range(5)]
         self.assertIn("up to {} s, then {}, {}, {}, {}".format(*waits), README)
