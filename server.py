@@ -108,7 +108,7 @@ class WebSocketServer(WebSocketHandler):
         try:
             write = self.write_message(self.message(self.position, self.end))
         except WebSocketClosedError:
-            self.clients.discard(self)  # it is closing, which may take 5 s more
+            self.writing = True  # it is closing, and passed over until on_close
             return
         except Exception as error:  # noqa: BLE001 - whatever is wrong, it costs the others nothing
             log.error("client %s dropped: %r", self.request.remote_ip, error)
