@@ -11,7 +11,7 @@ import unittest
 from concurrent.futures import ThreadPoolExecutor
 
 from client import BetaBinomial
-from tests.support import ROOT, first_line, running, wait_until
+from tests.support import ROOT, TIMEOUT, first_line, running, wait_until
 
 LINE = re.compile(
     r"Beta\((?P<alpha>\d+), (?P<beta>\d+)\)  mean (?P<mean>[01]\.\d{4})  sd (?P<sd>0\.\d{4})"
@@ -177,7 +177,12 @@ class SignalTests(ScriptCase):
             sys.argv = ["server.py", *{FAST}]
             asyncio.run(server.main())"""
         done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            check=False,
+            timeout=TIMEOUT,
         )
         self.assertEqual((done.returncode, done.stderr), (0, ""))
 
@@ -305,6 +310,10 @@ class OutputTests(ScriptCase):
     @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
     def test_full_output_is_one_error(self) -> None:
         """Standard output that is full: one line, status 1."""
+        # Unbuffered, Python would have nothing left to flush as it exits.
+        environment = {
+            name: text for name, text in os.environ.items() if name != "PYTHONUNBUFFERED"
+        }
         for script, options in (
             ("server.py", FAST),
             ("client.py", ("--url", f"ws://127.0.0.1:{free_port()}/")),
@@ -316,6 +325,7 @@ class OutputTests(ScriptCase):
                     stderr=subprocess.PIPE,
                     text=True,
                     cwd=ROOT,
+                    env=environment,
                     check=False,
                 )
                 self.assertEqual(result.returncode, 1)
