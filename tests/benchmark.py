@@ -47,7 +47,7 @@ try:
 except ImportError:  # Windows
     sys.exit("benchmark.py: needs Linux or macOS")
 
-TIMEOUT = 300  # seconds until a process that does not answer ends the run
+TIMEOUT = 120  # seconds until a process that does not answer ends the run
 FIRST = 100_000  # the first offset: all messages of one sample are equally long
 HANDSHAKE = (
     b"GET /websocket HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -497,6 +497,7 @@ async def serving(
                 case "time", (rate, seconds):
                     # Each sample is the time at which it was taken, or 0 until the client is there.
                     WebSocketServer.history.clear()
+                    pipe.send(None)  # only now may clients come, or they would get old samples
                     there = loop.run_in_executor(None, pipe.recv)
                     async for _ in ticks(rate, TIMEOUT):
                         await send([0])
@@ -517,6 +518,7 @@ async def serving(
                     pipe.send(memory() - before)
                 case "sample", (batch, batches):
                     WebSocketServer.history.clear()
+                    pipe.send(None)  # only now may the client come, or it would get old samples
                     while not WebSocketServer.clients:
                         await asyncio.sleep(0.001)
                     (client,) = WebSocketServer.clients
@@ -832,9 +834,9 @@ def end_to_end(sizes: Sizes) -> None:
             for batch in sizes.batches:
                 progress(f"end-to-end: round {turn}, {batch:,} samples in a message")
                 batches = max(1, min(sizes.samples, batch * 3_000) // batch)
-                client.pipe.send(("follow", (f"ws://127.0.0.1:{port}/websocket", batch * batches)))
-                begun = server.ask("sample", (batch, batches))
-                rate = batch * batches / (client.answer() - begun)
+                server.ask("sample", (batch, batches))
+                end = client.ask("follow", (f"ws://127.0.0.1:{port}/websocket", batch * batches))
+                rate = batch * batches / (end - server.answer())
                 begun, posterior = time.perf_counter(), BetaBinomial()
                 for _ in range(batches):
                     posterior = posterior.update([coin.sample() for _ in range(batch)])
@@ -888,9 +890,8 @@ def delay(sizes: Sizes) -> None:
                         )
                         port, server, _ = servers[name]
                         url = f"ws://127.0.0.1:{port}/websocket"
-                        clients[name].pipe.send(("delays", (url, watched)))
-                        server.pipe.send(("time", (rate, sizes.delay_seconds)))
-                        clients[name].answer()  # it is there
+                        server.ask("time", (rate, sizes.delay_seconds))
+                        clients[name].ask("delays", (url, watched))  # they are there
                         server.ask("now")
                         ages = sorted(age * 1e3 for age in clients[name].answer())
                         medians[name].append(statistics.median(ages))
