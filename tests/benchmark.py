@@ -543,19 +543,34 @@ async def ticks(rate: float, seconds: float) -> AsyncIterator[float]:
 
 
 def load(
-    pipe: Connection, delivered: Connection | None, port: int, clients: int, greeted: bool
+    pipe: Connection,
+    delivered: Connection | None,
+    port: int,
+    clients: int,
+    greeted: bool,
+    places: int = 0,
 ) -> None:
-    """Be many clients that read as fast as they can, and say when all have read a message."""
+    """Be many clients that read as fast as they can, and say when all have read a message.
+
+    So many places are freed again, evenly among the clients, for those who connect later: objects
+    that are made one after the other would be served one after the other, all early or all late.
+    """
     prepare()
     selector = selectors.DefaultSelector()
-    for _ in range(clients):
+    leaving = []
+    for number in range(clients):
         client = socket.create_connection(("127.0.0.1", port))
         client.sendall(HANDSHAKE)
         _, _, rest = read_until(client, lambda data: b"\r\n\r\n" in data).partition(b"\r\n\r\n")
         if greeted:
             read_until(client, lambda data: len(data) >= 2 and len(data) >= 2 + data[1], rest)
         client.setblocking(False)
-        selector.register(client, selectors.EVENT_READ)
+        if places and number % (clients // places) == 0:
+            leaving.append(client)
+        else:
+            selector.register(client, selectors.EVENT_READ)
+    for client in leaving:
+        client.close()
     selector.register(pipe.fileno(), selectors.EVENT_READ)
     pipe.send(None)
     received, expected = 0, sys.maxsize
@@ -762,13 +777,13 @@ def table(*rows: Iterable[object]) -> None:
 
 @contextlib.contextmanager
 def audience(
-    name: str, clients: int, pings: bool = False
+    name: str, clients: int, pings: bool = False, places: int = 0
 ) -> Iterator[tuple[int, Process, Process]]:
     """Start the server of a contestant and its load; yield the port and both processes."""
     here, there = SPAWN.Pipe()
     with Process(serve, name, here, pings, 0) as server:
         port = server.answer()
-        with Process(load, there, port, clients, name.startswith("ours")) as loading:
+        with Process(load, there, port, clients, name.startswith("ours"), places) as loading:
             loading.answer()
             yield port, server, loading
 
@@ -872,10 +887,11 @@ def delay(sizes: Sizes) -> None:
     names = present(receivers)
     rows = []
     for audience_size in sizes.audiences:
-        watched = min(audience_size, 50)  # spread over the order in which the server goes
+        watched = min(audience_size, 50)
         with contextlib.ExitStack() as stack:
             servers = {
-                name: stack.enter_context(audience(name, audience_size - watched)) for name in names
+                name: stack.enter_context(audience(name, audience_size, places=watched))
+                for name in names
             }
             clients = {
                 name: stack.enter_context(Process(receive, receivers[name])) for name in names
