@@ -262,8 +262,8 @@ class GrowingFileTests(ServerRecipeCase):
             async with self.inside() as seen:
                 self.append(b"0123456789\n")
                 await until(lambda: seen.samples)
-                os.truncate(self.path, 0)
                 reads = len(seen.readers)
+                os.truncate(self.path, 0)
                 await until(lambda: len(seen.readers) > reads)
                 self.append(b"eleven too\nlonger\n")
                 await until(lambda: "longer" in seen.samples)
