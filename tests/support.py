@@ -6,6 +6,7 @@ import gc
 import logging
 import re
 import secrets
+import socket
 import subprocess
 import sys
 import time
@@ -41,6 +42,13 @@ async def until(condition: Callable[[], object]) -> None:
         if time.monotonic() > deadline:
             raise AssertionError("the condition did not come true")
         await asyncio.sleep(0.005)
+
+
+def accepts(port: int) -> bool:
+    """Tell whether anybody listens on a port."""
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+        return True
+    return False
 
 
 def wait_until(condition: Callable[[], object]) -> None:
@@ -148,7 +156,10 @@ def running(script: str, *options: str) -> Iterator[subprocess.Popen[str]]:
 def first_line(process: subprocess.Popen[str]) -> str:
     """Read the first line of a process's standard output: from server.py, the URL."""
     assert process.stdout is not None
-    return process.stdout.readline().rstrip("\n")
+    line = process.stdout.readline()
+    if not line:
+        raise AssertionError("the process has ended")
+    return line.rstrip("\n")
 
 
 def readme_blocks(heading: str, language: str) -> list[str]:

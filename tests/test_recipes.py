@@ -35,6 +35,7 @@ from tests.support import (
     TIMEOUT,
     PairCase,
     Tracebacks,
+    accepts,
     first_line,
     fresh_server,
     readme_blocks,
@@ -56,11 +57,12 @@ RECIPES = (
 def block(heading: str, number: int = 0, **ports: int) -> str:
     """Return a block of the README, with its ports (p8765=...) replaced by those of a test."""
     code = readme_blocks(heading, "python")[number]
-    for name, port in ports.items():
+    for name in ports:
         if name[1:] not in code:
             raise AssertionError(f"there is no port {name[1:]} in {heading!r}")
-        code = code.replace(name[1:], str(port))
-    return code
+    # In one go, since a test's port may have the digits of the next one in it.
+    literal = "|".join(name[1:] for name in ports)
+    return re.sub(literal, lambda found: str(ports[f"p{found[0]}"]), code) if ports else code
 
 
 def load(heading: str, number: int = 0) -> dict[str, Any]:
@@ -130,7 +132,8 @@ class ServerRecipeCase(unittest.TestCase):
 
     @contextlib.contextmanager
     def recorder(self) -> Iterator[Recorder]:
-        """Follow the recipe's stream in the background; retry until it is there."""
+        """Follow the recipe's stream in the background, once it is there."""
+        wait_until(lambda: accepts(self.port))  # or the client's waits would grow meanwhile
         client = Recorder(f"ws://localhost:{self.port}/websocket")
         client.start()
         try:
@@ -237,7 +240,7 @@ class GrowingFileTests(ServerRecipeCase):
         with self.path.open("rb") as file:
             spy = SimpleNamespace(name=file.name, seek=file.seek, tell=file.tell, read=read)
             task = asyncio.create_task(names["main"](spy))
-            await listening.wait()
+            await until(listening.is_set)
             yield seen
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
@@ -328,6 +331,7 @@ class MeanVarianceTests(PairCase):
         dice = random.Random(1)
         numbers = [1e9 + dice.gauss(0, 1) for _ in range(5_000)]
         self.follow(self.client)
+        await until(lambda: self.client.epoch)
         for start in range(0, len(numbers), 100):
             self.server.send_message(numbers[start : start + 100])
             await asyncio.sleep(0)  # so that it comes in several messages
