@@ -247,6 +247,8 @@ def main() -> None:
         while not stopping:
             line = show(line)
             time.sleep(0.1)
+        for number in signal.SIGINT, signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)  # a second one would kill Python as it exits
         client.stop()
         show(line)
         if terminal:
