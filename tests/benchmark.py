@@ -621,8 +621,7 @@ def blast(pipe: Connection) -> None:
                 client.sendall(b"".join(frames))
                 client.sendall(struct.pack("!BBH", 0x88, 2, 1000))
                 client.settimeout(10)
-                while client.recv(4096):
-                    pass
+                client.recv(4096)  # its Close frame: the server closes first (RFC 6455, 7.1.1)
 
 
 def receive(pipe: Connection, receiver: Receiver) -> None:

@@ -11,7 +11,7 @@ from tests.support import ROOT
 class BenchmarkTests(unittest.TestCase):
     def run_script(self, name: str, *options: str) -> str:
         command = [sys.executable, str(ROOT / "tests" / name), *options]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
         self.assertEqual(done.returncode, 0, done.stderr)
         return done.stdout
 

@@ -207,7 +207,9 @@ def consume(pipe: Connection, name: str, port: int, rate: float) -> None:
         task = asyncio.ensure_future(
             follow(port, take, rate) if name == "HTTP polling" else follow(port, take)
         )
-        await asyncio.get_running_loop().run_in_executor(None, pipe.recv)
+        (wanted,) = await asyncio.get_running_loop().run_in_executor(None, pipe.recv)
+        while len(delays) < wanted:
+            await asyncio.sleep(0.01)
         pipe.send((time.process_time() - start, delays))
         task.cancel()
 
@@ -253,7 +255,7 @@ def run(name: str, rate: float, seconds: float, counted: bool) -> tuple[float, .
         client = stack.enter_context(Process(consume, name, port, rate))
         client.answer()
         sending, samples = server.ask("begin")
-        receiving, delays = client.ask("end")
+        receiving, delays = client.ask(samples)
         size = proxy.ask("end") if counted else 0
     delays.sort()
     return (
