@@ -170,7 +170,7 @@ class NetworkTests(FaultCase):
     async def test_vanished_server(self) -> None:
         """N7: a client notices a server that answers no ping, and tries again."""
         options = {"ping_interval": 0.1, "ping_timeout": 0.1}
-        with hasty(options), self.assertLogs("client", "WARNING") as logs:
+        with hasty(options, handshake=10), self.assertLogs("client", "WARNING") as logs:
             async with FakeServer(accept, hold=True) as fake, following(Recorder(fake.url)):
                 await lines(logs, 2)
         self.assertLessEqual(fake.connections, 1 + len(logs.output))
@@ -283,11 +283,11 @@ HALF_HANDSHAKES: dict[str, Reply] = {
 
 
 @contextlib.contextmanager
-def hasty(options: dict[str, float]) -> Iterator[None]:
+def hasty(options: dict[str, float], handshake: float = 0.2) -> Iterator[None]:
     """Let the client be patient for less than a second, where it would be for ten."""
 
     def connect(request: HTTPRequest, *arguments: Any, **usual: Any) -> Any:
-        request.connect_timeout = request.request_timeout = 0.2
+        request.connect_timeout = request.request_timeout = handshake
         return websocket_connect(request, *arguments, **usual | options)
 
     with unittest.mock.patch("client.websocket_connect", connect):
@@ -378,10 +378,8 @@ class BounceTests(FaultCase):
                 await until(lambda: all(client.position > 50 for client in clients))
                 process.send_signal(signal.SIGTERM)
                 self.assertEqual(await ended(process), 0)
-                await lines(logs, 20)
-        self.assertEqual(
-            sum("closed by the server: 1001 'going away'" in line for line in logs.output), 20
-        )
+                goodbye = "closed by the server: 1001 'going away'"
+                await until(lambda: sum(goodbye in line for line in logs.output) == 20)
         self.assertEqual(len({client.position for client in clients}), 1)
         self.assertEqual(len({client.posterior for client in clients}), 1)
 
@@ -396,6 +394,8 @@ class BounceTests(FaultCase):
                 if left:
                     asyncio.get_running_loop().call_soon(again, left - 1)
             def sample(self):
+                if not server.WebSocketServer.clients:
+                    return -1  # the client is not there yet
                 if (n := next(numbers)) == 50:
                     os.kill(os.getpid(), signal.SIGTERM)
                     asyncio.get_running_loop().call_soon(again)
@@ -408,7 +408,8 @@ class BounceTests(FaultCase):
                 self.assertEqual(await ended(process), 0)
                 await until(lambda: client._attempt)
             # On a starved machine, one more tick may come before the signal is heeded.
-            self.assertEqual(client.seen, list(range(max(57, len(client.seen)))))
+            seen = [number for number in client.seen if number >= 0]
+            self.assertEqual(seen, list(range(max(57, len(seen)))))
 
     @gen_test
     async def test_peers_that_never_say_goodbye(self) -> None:
@@ -1052,7 +1053,8 @@ class ResourceTests(FaultCase):
     async def test_blocked_output_of_the_client(self) -> None:
         """R7: a client whose standard output is blocked goes on listening."""
         pongs: list[bytes] = []
-        settings = {"websocket_ping_interval": 0.05, "websocket_ping_timeout": 0.05}
+        # Without a timeout, since a late pong is no fault here: only none at all would be.
+        settings = {"websocket_ping_interval": 0.05, "websocket_ping_timeout": 0}
         with unread_pipe() as (_, sink):
             fill(sink)
             async with serving(
