@@ -177,7 +177,7 @@ async def main() -> None:
         # A signal comes at any point of the code, so it only wakes the loop.
         signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
 
-    server = HTTPServer(make_app(), idle_connection_timeout=10, max_body_size=1024)
+    server = HTTPServer(make_app(), idle_connection_timeout=10, body_timeout=10, max_body_size=1024)
     try:
         sockets = bind_sockets(options.port, options.address)
         server.add_sockets(sockets)

@@ -192,7 +192,9 @@ async def serving(
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
     app = make_app(server)  # type: ignore[arg-type]  # the plain one is served in the same way
     app.settings.update(settings or {})
-    http_server = HTTPServer(app, idle_connection_timeout=idle, max_body_size=1024)
+    http_server = HTTPServer(
+        app, idle_connection_timeout=idle, body_timeout=idle, max_body_size=1024
+    )
     http_server.add_socket(listener)
     try:
         yield Stream(server, listener.getsockname()[1])
