@@ -42,11 +42,11 @@ class WebSocketServer(WebSocketHandler):
     """
 
     clients: ClassVar[set["WebSocketServer"]] = set()
-    max_clients = 1_000  # below the usual limit of 1,024 open files
+    max_clients = 1_000  # below the 1,024 files that Linux lets a process open
     epoch = secrets.token_hex(4)  # which run of the stream the offsets belong to
     end = 0  # the offset of the next sample, that is, how many there have been
     history: ClassVar[list[Any]] = []  # the newest samples, those before the end
-    history_size = 10_000
+    history_size = 10_000  # at least 1
 
     position = 0  # the offset of the next sample that this client needs
     writing = False  # whether its last write is unfinished
@@ -63,7 +63,7 @@ class WebSocketServer(WebSocketHandler):
         cls.history += samples
         del cls.history[: -cls.history_size]
         cls.end += len(samples)
-        for client in list(cls.clients):  # a copy, since one that is dropped leaves the set
+        for client in cls.clients:
             if client.position < cls.end and not client.writing:
                 client.catch_up()
 
@@ -105,18 +105,17 @@ class WebSocketServer(WebSocketHandler):
         Until it is written the client is passed over. So a slow client has one unfinished write
         instead of a queue that grows, and gets fewer, larger messages.
         """
+        self.writing = True  # and stays so if the message cannot be written: on_close follows
         try:
             write = self.write_message(self.message(self.position, self.end))
         except WebSocketClosedError:
-            self.writing = True  # it is closing, and passed over until on_close
-            return
+            pass  # it is closing already
         except Exception as error:  # noqa: BLE001 - whatever is wrong, it costs the others nothing
             log.error("client %s dropped: %r", self.request.remote_ip, error)
-            self.clients.discard(self)
             self.close()
-            return
-        self.position, self.writing = self.end, True
-        write.add_done_callback(self.written)
+        else:
+            self.position = self.end
+            write.add_done_callback(self.written)
 
     def written(self, write: asyncio.Future[None]) -> None:
         """Go on with what has come while the last message was being written."""

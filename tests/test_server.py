@@ -456,6 +456,8 @@ class BadClientTests(ServerCase):
             self.server.send_message([1])
         self.assertEqual(len(logs.output), 1)
         self.assertIn("dropped: RuntimeError('broken')", logs.output[0])
+        self.assertEqual(len(self.server.clients), 3)  # it counts until its socket is closed
+        self.server.send_message([1])
         got = [await connection.read_message() for connection in connections]
         self.assertEqual(sum(message is not None for message in got), 2)
         await until(lambda: len(self.server.clients) == 2)
