@@ -232,8 +232,8 @@ def main() -> None:
         line = f"{posterior}  trials {posterior.trials}  missed {client.missed}"
         if terminal:
             width = shutil.get_terminal_size().columns - 3  # leaves room for a ^C
-            picture = posterior.density(max(10, min(40, width - len(line) - 4)))
-            line = f"{line}  |{picture}|"[:width]
+            room = min(40, width - len(line) - 4)
+            line = f"{line}  |{posterior.density(room)}|" if room > 4 else line[:width]
         if terminal or line != last:  # in a terminal, a line of log may have erased it
             print(f"{erase}{line}", end=end, flush=True)
         return line

@@ -368,12 +368,12 @@ class OutputTests(ScriptCase):
         os.close(slave)
         os.close(master)
 
-    def test_a_terminal_shows_one_line_and_the_density(self) -> None:
-        """On a terminal the line is rewritten in place, with the density in block characters."""
-        with running("server.py", *FAST) as server:
+    def terminal(self, columns: int, enough: bytes, *options: str) -> list[str]:
+        """Show a stream in a terminal, and return each line that was shown in the one place."""
+        with running("server.py", *FAST, *options) as server:
             url = first_line(server)
             master, slave = pty.openpty()
-            environment = os.environ | {"PYTHONUTF8": "1", "COLUMNS": "100"}
+            environment = os.environ | {"PYTHONUTF8": "1", "COLUMNS": str(columns)}
             command = [sys.executable, "-W", "error", "client.py", "--url", url]
             with subprocess.Popen(
                 command, stdout=slave, stderr=slave, cwd=ROOT, env=environment
@@ -384,7 +384,7 @@ class OutputTests(ScriptCase):
                 def shown() -> bool:
                     nonlocal screen
                     screen += os.read(master, 65_536)
-                    return re.search(rb"trials \d{3,} ", screen) is not None
+                    return re.search(enough, screen) is not None
 
                 try:
                     wait_until(shown)
@@ -396,13 +396,28 @@ class OutputTests(ScriptCase):
                 while rest := os.read(master, 65_536):
                     screen += rest
             os.close(master)
-        text = screen.decode().replace("\r\n", "\n")
-        self.assertTrue(text.endswith("|\n"))
-        rows = text.split("\n")
+        rows = screen.decode().replace("\r\n", "\n").split("\n")
         self.assertEqual(len(rows), 3, rows)  # the line of log, the line in place, and the end
-        for shot in rows[1].split("\r\x1b[K")[1:]:
+        self.assertEqual(rows[2], "")
+        return rows[1].split("\r\x1b[K")[1:]
+
+    def test_a_terminal_shows_one_line_and_the_density(self) -> None:
+        """On a terminal the line is rewritten in place, with the density in block characters."""
+        for shot in self.terminal(100, rb"trials \d{3,} "):
             self.assertRegex(shot, LINE.pattern + r"  \|[ ▁▂▃▄▅▆▇█]{10,40}\|$")
             self.assertLess(len(shot), 100)
+
+    def test_a_picture_that_does_not_fit(self) -> None:
+        """The density over 0..1 is shown whole or, where the line is too long for it, left out."""
+        shots = self.terminal(75, rb"trials \d{6,} ", "--batch", "1000")
+        pictures = [shot.partition("  |")[2] for shot in shots]
+        self.assertIn("", pictures)
+        for shot, picture in zip(shots, pictures, strict=True):
+            self.assertLess(len(shot), 75)
+            self.assertRegex(shot, LINE.pattern + r"(  \||$)")
+            if picture:
+                self.assertRegex(picture, r"^[ ▁▂▃▄▅▆▇█]{5,}\|$")
+                self.assertIn("█", picture)
 
 
 if __name__ == "__main__":
