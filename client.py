@@ -78,7 +78,8 @@ class WebSocketClient:
 
     def __init__(self, url: str, retry_delay: float = 3) -> None:
         parts = urlsplit(url)
-        if parts.scheme not in ("ws", "wss") or not parts.hostname or parts.port == 0:
+        possible = parts.scheme in ("ws", "wss") and parts.hostname and url.isprintable()
+        if not possible or parts.port == 0:
             raise ValueError(f"not a WebSocket URL such as ws://localhost:8765/websocket: {url!r}")
         self.url = url
         self.retry_delay = retry_delay

@@ -331,7 +331,7 @@ class RetryTests(ClientCase):
         self.assertIn("closed by the server: 1001 'going away'; next try in ", logs.output[1])
 
     def test_a_url_that_can_never_work_is_refused_at_once(self) -> None:
-        """Another scheme, none, no host, or a port out of range: ValueError."""
+        """Another scheme, none, no host, a port out of range, no text: ValueError."""
         for url in (
             "http://localhost/",
             "localhost:8765",
@@ -345,6 +345,8 @@ class RetryTests(ClientCase):
             "ws://[::1/",
         ):
             with self.subTest(url=url), self.assertRaises(ValueError):
+            "ws://localhost/?x=\udcff",  # a byte of the command line that is not UTF-8
+            "ws://local\nhost/",
                 WebSocketClient(url)
 
     @gen_test
