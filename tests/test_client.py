@@ -436,12 +436,22 @@ class ThreadTests(PairCase):
 
     @gen_test
     async def test_stop_from_on_message(self) -> None:
-        """on_message may call stop(): its samples are counted, and the thread ends."""
-        with mock.patch.object(self.client, "on_message", lambda samples: self.client.stop()):
+        """on_message may call stop(): its samples are counted, the next message's are not."""
+        more = threading.Event()
+
+        def on_message(samples: list[int]) -> None:
+            more.wait()
+            self.client.stop()
+
+        with mock.patch.object(self.client, "on_message", on_message):
             self.client.start()
             thread = self.client._thread
             assert thread is not None
-            self.server.send_message([1])
+            await until(lambda: self.client.epoch)
+            (handler,) = self.server.clients
+            for offset in range(100):
+                await handler.write_message(message(offset, [1], self.server.epoch))
+            more.set()
             await until(lambda: not thread.is_alive())
         self.assertEqual(self.client.position, 1)
         await until(lambda: not self.server.clients)
