@@ -103,10 +103,9 @@ class WebSocketClient:
     def start(self) -> None:
         """Follow the stream in a background thread, until `stop`."""
         if self._thread is None or not self._thread.is_alive():
-            # A loop_factory, or Runner would replace the event loop of the thread that calls this.
-            runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
-            self._task = runner.get_loop().create_task(self.run())
-            self._thread = threading.Thread(target=self._listen, args=[runner], daemon=True)
+            loop = asyncio.new_event_loop()
+            self._task = loop.create_task(self.run())
+            self._thread = threading.Thread(target=self._listen, args=[loop], daemon=True)
             self._thread.start()
 
     def stop(self) -> None:
@@ -114,12 +113,12 @@ class WebSocketClient:
             self._problem = "stopped"  # or what has been read already would still be taken
         if self._thread is not None and self._thread.is_alive():
             self._task.get_loop().call_soon_threadsafe(self._task.cancel)
-            if self._thread is not threading.current_thread():  # which is on_message's
+            if self._thread is not threading.current_thread():  # on_message may call this
                 self._thread.join()
 
-    def _listen(self, runner: asyncio.Runner) -> None:
-        with runner:
-            runner.run(asyncio.wait([self._task]))  # which returns, even if the task is cancelled
+    def _listen(self, loop: asyncio.AbstractEventLoop) -> None:
+        with asyncio.Runner(loop_factory=lambda: loop) as runner:  # which closes the loop
+            runner.run(asyncio.wait([self._task]))  # wait: it returns even if run is cancelled
 
     async def run(self) -> None:
         """Follow the stream in the event loop that is already there, until cancelled."""
