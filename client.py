@@ -51,7 +51,7 @@ class BetaBinomial:
         return math.sqrt(self.mean * (1 - self.mean) / (self.alpha + self.beta + 1))
 
     def update(self, samples: list[int]) -> "BetaBinomial":
-        """Return the posterior after these samples too; ValueError for anything but 0 and 1."""
+        """Return the posterior after these samples too; ValueError if one is not 0 or 1."""
         successes = samples.count(1)
         if successes + samples.count(0) != len(samples):
             raise ValueError("a sample is neither 0 nor 1")
@@ -70,7 +70,7 @@ class BetaBinomial:
 
 
 class WebSocketClient:
-    """A position in the stream at a ws:// or wss:// URL, and the posterior of all before it.
+    """A position in the stream at a ws:// or wss:// URL, and the posterior of what has come so far.
 
     ValueError for a URL that can never work. `retry_delay`, in seconds, bounds the wait before
     the first retry; the bound doubles with every further one, up to 30 s.
@@ -110,8 +110,8 @@ class WebSocketClient:
 
     def stop(self) -> None:
         """Close the connection, or give up trying, and wait until the thread has ended."""
-            self._problem = "stopped"  # or what has been read already would still be taken
         if self._thread is not None and self._thread.is_alive():
+            self._problem = "stopped"  # or what has been read already would still be taken
             self._task.get_loop().call_soon_threadsafe(self._task.cancel)
             if self._thread is not threading.current_thread():  # on_message may call this
                 self._thread.join()
@@ -181,16 +181,16 @@ class WebSocketClient:
 
     def _receive(self, frame: str | bytes) -> None:
         """Take one message, or raise ValueError and leave everything as it was."""
-        try:
-            message = json.loads(frame) if isinstance(frame, str) else {}
-            epoch, offset, samples = message["epoch"], message["offset"], message["samples"]
-        except (KeyError, TypeError):
-            raise ValueError("not a message of this protocol") from None
-        # The exact types, since True is an int as well.
-        if (type(epoch), type(offset), type(samples)) != (str, int, list):
+        message = json.loads(frame) if isinstance(frame, str) else None
+        if not isinstance(message, dict):
+            message = {}
+        epoch, offset, samples = message.get("epoch"), message.get("offset"), message.get("samples")
+        # An exact type, since True is an instance of int as well.
+        if not (isinstance(epoch, str) and type(offset) is int and isinstance(samples, list)):
             raise ValueError("not a message of this protocol")
-        if not 0 <= offset < 10**15:
-            raise ValueError("offset out of range")
+        # Only what a server will take in the URL, when the client comes back with it.
+        if not (epoch.isascii() and len(epoch) <= 64 and 0 <= offset < 10**15 - len(samples)):
+            raise ValueError("epoch or offset out of range")
         position = self.position
         if epoch != self.epoch:  # this is the first message, or the server was restarted
             position = offset if self.epoch is None else 0

@@ -216,7 +216,9 @@ class RuleTests(ClientCase):
             message(True, [1]),
             message(1.5, [1]),
             message(-1, [1]),
-            message(10**15, [1]),
+            message(10**15 - 1, [1]),
+            message(2, [1], "\ud800"),
+            message(2, [1], "a" * 65),
             message(2, "1"),
             message(2, {"0": 1}),
             message(2, [2]),
@@ -343,10 +345,10 @@ class RetryTests(ClientCase):
             "ws://localhost:0/",
             "ws://localhost:abc/",
             "ws://[::1/",
-        ):
-            with self.subTest(url=url), self.assertRaises(ValueError):
             "ws://localhost/?x=\udcff",  # a byte of the command line that is not UTF-8
             "ws://local\nhost/",
+        ):
+            with self.subTest(url=url), self.assertRaises(ValueError):
                 WebSocketClient(url)
 
     @gen_test
