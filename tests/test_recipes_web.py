@@ -478,14 +478,16 @@ class BrowserTests(ChromiumCase):
 
 
 class CheckOriginTests(RecipeCase):
-    """The `check_origin` of the recipe "In a browser"."""
+    """The trusted origin of the recipe "In a browser"."""
 
     @test
     async def test_lets_one_other_site_in(self) -> None:
         """The server's own pages and those of the named site pass, and no others."""
         port = free_port()
         # The port of the recipe is the reader's; the test takes a free one.
-        self.save("page.py", readme_blocks(BROWSER, "python")[1], **{"8765": port})
+        page, trust = readme_blocks(BROWSER, "python")
+        made = "    app = make_app()\n"
+        self.save("page.py", page, **{made: made + trust, "8765": port})
         self.script("page")
         await until(lambda: accepts(port))
 
