@@ -88,7 +88,6 @@ class WebSocketClient:
         self.position = 0  # the offset of the next sample
         self.missed = 0  # samples that had left the server's history before they could come
         self._attempt = 0  # failures since the last message
-        self._problem = ""  # why no more is taken from this connection
         self._thread: threading.Thread | None = None
 
     def on_message(self, samples: list[Any]) -> None:
@@ -111,7 +110,7 @@ class WebSocketClient:
     def stop(self) -> None:
         """Close the connection, or give up trying, and wait until the thread has ended."""
         if self._thread is not None and self._thread.is_alive():
-            self._problem = "stopped"  # or what has been read already would still be taken
+            self._stopping = True  # or what has been read already would still be taken
             self._task.get_loop().call_soon_threadsafe(self._task.cancel)
             if self._thread is not threading.current_thread():  # on_message may call this
                 self._thread.join()
@@ -122,6 +121,7 @@ class WebSocketClient:
 
     async def run(self) -> None:
         """Follow the stream in the event loop that is already there, until cancelled."""
+        self._stopping = False
         while True:
             reason = await self._follow()
             # Exponential backoff with full jitter, or all clients would come back at once
@@ -134,24 +134,25 @@ class WebSocketClient:
     async def _follow(self) -> str:
         """Connect once, take messages until the connection is closed, and return the reason."""
         closed = asyncio.Event()
-        self._problem = ""
+        problem = ""
 
         def close(handshake: asyncio.Future[WebSocketClientConnection]) -> None:
             if not handshake.exception():
                 handshake.result().close(1000)
 
         def on_frame(frame: str | bytes | None) -> None:
+            nonlocal problem
             if frame is None:  # Tornado's sign for the end of the connection
                 closed.set()
-            elif not self._problem:
+            elif not problem and not self._stopping:
                 try:
                     self._receive(frame)
                 except (ValueError, RecursionError) as error:
-                    self._problem = f"cannot understand {frame[:80]!r}: {error}"
+                    problem = f"cannot understand {frame[:80]!r}: {error}"
                 except Exception:
                     log.exception("on_message failed")
-                    self._problem = "on_message failed"
-                if self._problem:
+                    problem = "on_message failed"
+                if problem:
                     close(handshake)
 
         query = {"epoch": self.epoch, "offset": str(self.position)} if self.epoch else {}
@@ -168,11 +169,11 @@ class WebSocketClient:
             await closed.wait()
             code, text = connection.close_code, connection.close_reason
             end = f"closed by the server: {code} {text!r}" if code else "connection lost"
-            return self._problem or end
+            return problem or end
         except Exception as error:  # noqa: BLE001 - a stranger's answer can fail in any way
             return f"cannot connect: {str(error) or repr(error)}"
         finally:
-            self._problem = "stopped"  # no message that still comes is taken
+            problem = "stopped"  # no message that still comes is taken
             # Tornado goes on with a handshake that nobody awaits any more: hence shield, and close.
             handshake.add_done_callback(close)
             await asyncio.wait([handshake], timeout=1)
