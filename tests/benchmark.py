@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from client import BetaBinomial, WebSocketClient
 from server import RandomBernoulli, WebSocketServer, make_app
-from tests.support import readme_blocks
+from tests.support import HANDSHAKE, readme_blocks
 
 try:
     import resource
@@ -49,10 +49,6 @@ except ImportError:  # Windows
 
 TIMEOUT = 120  # seconds until a process that does not answer ends the run
 FIRST = 100_000  # the first offset: all messages of one sample are equally long
-HANDSHAKE = (
-    b"GET /websocket HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
-)
 SPAWN = multiprocessing.get_context("spawn")
 
 Send = Callable[[list[Any]], Awaitable[None] | None]

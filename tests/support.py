@@ -24,6 +24,10 @@ from client import WebSocketClient
 from server import WebSocketServer, make_app
 
 ROOT = Path(__file__).resolve().parent.parent
+HANDSHAKE = (
+    b"GET /websocket HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+)
 TIMEOUT = 30  # seconds until a condition that never comes true fails a test; no measurement
 
 
@@ -44,6 +48,13 @@ async def until(condition: Callable[[], object]) -> None:
         await asyncio.sleep(0.005)
 
 
+def free_port() -> int:
+    """Return a port that nobody listens on, for what cannot take a free one itself."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def accepts(port: int) -> bool:
     """Tell whether anybody listens on a port."""
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
@@ -54,6 +65,17 @@ def accepts(port: int) -> bool:
 def wait_until(condition: Callable[[], object]) -> None:
     """Wait, outside any event loop, until the condition holds."""
     asyncio.run(until(condition))
+
+
+class Recorder(WebSocketClient):
+    """A client that keeps every sample, whatever it is."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url, retry_delay=0.01)
+        self.samples: list[Any] = []
+
+    def on_message(self, samples: list[Any]) -> None:
+        self.samples += samples
 
 
 class Tracebacks(logging.Handler):

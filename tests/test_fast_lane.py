@@ -13,13 +13,7 @@ from tornado.websocket import WebSocketClientConnection, websocket_connect
 from client import WebSocketClient
 from server import WebSocketServer, make_app
 from tests import test_faults
-from tests.support import PairCase, fresh_server, readme_blocks, until
-
-HANDSHAKE = (
-    b"GET /websocket HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
-)
-
+from tests.support import HANDSHAKE, PairCase, fresh_server, readme_blocks, until
 
 (BLOCK,) = readme_blocks("The fast lane", "python")
 NAMES: dict[str, Any] = {}

@@ -25,7 +25,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from tornado.httpclient import AsyncHTTPClient
-from tornado.testing import bind_unused_port, gen_test
+from tornado.testing import gen_test
 from tornado.websocket import WebSocketClientConnection, websocket_connect
 
 from client import WebSocketClient
@@ -34,9 +34,11 @@ from tests.support import (
     ROOT,
     TIMEOUT,
     PairCase,
+    Recorder,
     Tracebacks,
     accepts,
     first_line,
+    free_port,
     fresh_server,
     readme_blocks,
     running,
@@ -72,13 +74,6 @@ def load(heading: str, number: int = 0) -> dict[str, Any]:
     return names
 
 
-def free_port() -> int:
-    """Return a port for a recipe, which has a literal one and so cannot take a free one itself."""
-    socket, port = bind_unused_port()
-    socket.close()
-    return port
-
-
 @contextlib.contextmanager
 def program(code: str, *options: str, stderr: str = "") -> Iterator[subprocess.Popen[str]]:
     """Run a block as a program, as a user would, and check what it wrote to standard error."""
@@ -105,17 +100,6 @@ def program(code: str, *options: str, stderr: str = "") -> Iterator[subprocess.P
 def line(process: subprocess.Popen[str]) -> "asyncio.Future[str]":
     """Read the next line of a program's output, while the event loop goes on."""
     return asyncio.ensure_future(asyncio.to_thread(first_line, process))
-
-
-class Recorder(WebSocketClient):
-    """A client that keeps every sample."""
-
-    def __init__(self, url: str) -> None:
-        super().__init__(url, retry_delay=0.01)
-        self.samples: list[Any] = []
-
-    def on_message(self, samples: list[Any]) -> None:
-        self.samples += samples
 
 
 class ServerRecipeCase(unittest.TestCase):

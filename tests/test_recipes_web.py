@@ -22,12 +22,22 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest
-from tornado.testing import bind_unused_port, gen_test
+from tornado.testing import gen_test
 from tornado.web import Application, StaticFileHandler
 from tornado.websocket import WebSocketClientConnection, websocket_connect
 
 from client import WebSocketClient
-from tests.support import ROOT, TIMEOUT, PairCase, accepts, readme_blocks, until, wait_until
+from tests.support import (
+    ROOT,
+    TIMEOUT,
+    PairCase,
+    Recorder,
+    accepts,
+    free_port,
+    readme_blocks,
+    until,
+    wait_until,
+)
 
 CHROMIUM = shutil.which("chromium")
 NATS_SERVER = shutil.which("nats-server", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
@@ -47,13 +57,6 @@ def needs(module: str) -> Callable[[Any], Any]:
     """Skip what needs a package that is absent."""
     found = importlib.util.find_spec(module)
     return unittest.skipUnless(found, f"needs {module}: see tests/requirements.txt")
-
-
-def free_port() -> int:
-    """Return a port that was free a moment ago."""
-    bound, port = bind_unused_port()
-    bound.close()
-    return port
 
 
 async def until_resumed(condition: Callable[[], object]) -> None:
@@ -113,18 +116,6 @@ class Forwarder:
         self.listener.close()
         self.drop()
         await until(lambda: not self.forwarding)
-
-
-class Recorder(WebSocketClient):
-    """A client that keeps every sample, and the offset of each."""
-
-    def __init__(self, url: str) -> None:
-        super().__init__(url, retry_delay=0.01)
-        self.samples: list[Any] = []
-
-    def on_message(self, samples: list[Any]) -> None:
-        """Keep the samples; they need not be 0 or 1."""
-        self.samples += samples
 
 
 class RecipeCase(PairCase):

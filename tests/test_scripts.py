@@ -12,7 +12,7 @@ import unittest
 from concurrent.futures import ThreadPoolExecutor
 
 from client import BetaBinomial
-from tests.support import ROOT, TIMEOUT, first_line, running, wait_until
+from tests.support import ROOT, TIMEOUT, first_line, free_port, running, wait_until
 
 LINE = re.compile(
     r"Beta\((?P<alpha>\d+), (?P<beta>\d+)\)  mean (?P<mean>[01]\.\d{4})  sd (?P<sd>0\.\d{4})"
@@ -30,13 +30,6 @@ def stop(process: subprocess.Popen[str], number: int = signal.SIGTERM) -> tuple[
     out, err = process.stdout.read(), process.stderr.read()
     process.wait()
     return out, err
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class ScriptCase(unittest.TestCase):
