@@ -100,7 +100,7 @@ class WebSocketClient:
         self.posterior = self.posterior.update(samples)
 
     def start(self) -> None:
-        """Follow the stream in a background thread, until `stop`; while it lives, change nothing."""
+        """Follow the stream in a background thread, until `stop`; a second start does nothing."""
         if self._thread is None or not self._thread.is_alive():
             loop = asyncio.new_event_loop()
             self._task = loop.create_task(self.run())

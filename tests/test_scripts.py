@@ -402,7 +402,9 @@ class OutputTests(ScriptCase):
 
     def test_a_picture_that_does_not_fit(self) -> None:
         """The density over 0..1 is shown whole or, where the line is too long for it, left out."""
-        shots = self.terminal(75, rb"trials \d{6,} ", "--batch", "1000")
+        # As few messages as there can be, so that a client that is held up misses none.
+        slow = "--batch", "10000", "--interval", "100"
+        shots = self.terminal(75, rb"trials \d{6,} ", *slow)
         pictures = [shot.partition("  |")[2] for shot in shots]
         self.assertIn("", pictures)
         for shot, picture in zip(shots, pictures, strict=True):
