@@ -2,28 +2,23 @@
 
 import argparse
 import asyncio
+import contextlib
 import functools
-import gc
 import json
 import logging
-import os
 import random
 import secrets
 import signal
-import sys
 from typing import Any, ClassVar
+from urllib.parse import parse_qsl
 
-from tornado.httpserver import HTTPServer
-from tornado.ioloop import PeriodicCallback
-from tornado.netutil import bind_sockets
-from tornado.web import Application, HTTPError
-from tornado.websocket import WebSocketClosedError, WebSocketHandler
+from tornado import httpserver, ioloop, netutil, web, websocket
 
 log = logging.getLogger("server")
 
 
 class RandomBernoulli:
-    """A coin that shows 1 with probability p, and 0 otherwise; ValueError unless 0 <= p <= 1."""
+    """A coin that shows 1 with probability p, and 0 otherwise. Replace it by your own source."""
 
     def __init__(self, p: float) -> None:
         if not 0 <= p <= 1:
@@ -31,182 +26,159 @@ class RandomBernoulli:
         self.p = p
 
     def sample(self) -> int:
-        """Toss once."""
         return int(random.random() < self.p)
 
 
-class WebSocketServer(WebSocketHandler):
-    """One client: a position in the numbered log of samples, which all clients share.
+class WebSocketServer(websocket.WebSocketHandler):
+    """An instance is one client; the class holds the log that all share, a subclass its own."""
 
-    A second stream is a subclass with clients, history, epoch and end of its own.
-    """
-
-    clients: ClassVar[set["WebSocketServer"]] = set()
-    max_clients = 1_000  # below the 1,024 files that Linux lets a process open
-    epoch = secrets.token_hex(4)  # which run of the stream the offsets belong to
+    clients: ClassVar[set["WebSocketServer"]] = set()  # those of all streams together
+    max_clients = 900  # Linux lets a process open 1,024 files
+    epoch = secrets.token_hex(4)  # which run of the server the offsets belong to
     end = 0  # the offset of the next sample, that is, how many there have been
     history: ClassVar[list[Any]] = []  # the newest samples, those before the end
-    history_size = 10_000  # at least 1
-
+    history_size = 10_000  # samples, at least 1
+    message_size = 1_000  # samples in one message, at least 1
     position = 0  # the offset of the next sample that this client needs
-    writing = False  # whether its last write is unfinished
+    writing = False  # whether the last write to this client is unfinished
+
+    def __init_subclass__(cls) -> None:
+        own = {"epoch": secrets.token_hex(4), "end": 0, "history": []}
+        for name in own.keys() - vars(cls).keys():
+            setattr(cls, name, own[name])
 
     @classmethod
     def send_message(cls, samples: list[Any]) -> None:
-        """Append the samples to the log, and bring every client that is ready up to date.
+        """Append a list of what JSON can hold to the log, and send it to the clients of this class.
 
-        A sample is whatever JSON can hold, and must not be changed any more; at anything else
-        TypeError or ValueError is raised, and the log stays as it was. Call it in the event
-        loop's own thread.
+        Call it in the event loop's thread; what is refused changes nothing. Clients miss samples if
+        more than `history_size` come before the event loop runs again.
         """
-        json.dumps(samples, allow_nan=False)  # a bad sample fails here, before it is in the log
-        cls.history += samples
+        asyncio.get_running_loop()
+        if not isinstance(samples, list):
+            raise TypeError(f"samples must be a list, not {samples!r:.80}")
+        cls.history += json.loads(json.dumps(samples, allow_nan=False))  # the log's own copy
         del cls.history[: -cls.history_size]
         cls.end += len(samples)
         for client in cls.clients:
-            if client.position < cls.end and not client.writing:
+            if type(client) is cls and client.position < cls.end and not client.writing:
                 client.catch_up()
 
     @classmethod
-    @functools.lru_cache(maxsize=8)  # most clients need the same message: encode it once
-    def message(cls, position: int, end: int) -> bytes:
-        """Encode what a client at this position lacks, as far as the history still has it."""
-        oldest = end - len(cls.history)
-        offset = max(position, oldest)
-        message = {"epoch": cls.epoch, "offset": offset, "samples": cls.history[offset - oldest :]}
-        return json.dumps(message).encode()
+    @functools.lru_cache(maxsize=8)  # most clients need the same message
+    def message(cls, offset: int, end: int) -> bytes:
+        """Encode a part of the history; an offset always means the same sample, so cache it."""
+        oldest = cls.end - len(cls.history)
+        samples = cls.history[offset - oldest : end - oldest]
+        return json.dumps({"epoch": cls.epoch, "offset": offset, "samples": samples}).encode()
 
     def prepare(self) -> None:
-        """Find the position that the URL asks for, or refuse the connection with a reason."""
         if len(self.clients) >= self.max_clients:
-            raise HTTPError(503, reason="too many clients")
-        query = self.request.query_arguments
-        if ("epoch" in query) != ("offset" in query):
-            raise HTTPError(400, reason="epoch and offset go together")
-        if "offset" in query:
-            epoch, offset = query["epoch"][-1], query["offset"][-1]
-            if not offset.isdigit() or len(offset) > 15:  # bytes: only ASCII digits are digits
-                raise HTTPError(400, reason="offset must be 1 to 15 digits")
-            if epoch == self.epoch.encode():
-                self.position = int(offset)
-        if self.position > self.end:
-            raise HTTPError(400, reason=f"offset is beyond the end, which is {self.end}")
+            raise web.HTTPError(503, reason="too many clients")
+        query = dict(parse_qsl(self.request.query))
+        if query.get("epoch") == self.epoch:
+            text = query.get("offset", "")
+            if not (text.isascii() and text.isdigit() and len(text) < 16 and int(text) <= self.end):
+                raise web.HTTPError(400, reason=f"offset must be a number from 0 to {self.end}")
+            self.position = int(text)
 
     def open(self) -> None:
-        """Welcome a client with the first message, which tells it where it stands."""
         self.clients.add(self)
         log.info("client %s connected, %d in all", self.request.remote_ip, len(self.clients))
         self.set_nodelay(True)  # or small messages wait for the acknowledgement of earlier ones
-        self.catch_up()
+        self.catch_up()  # even if there is nothing yet: it tells the client where it stands
 
     def catch_up(self) -> None:
-        """Send all that this client lacks, as one message.
-
-        Until it is written the client is passed over. So a slow client has one unfinished write
-        instead of a queue that grows, and gets fewer, larger messages.
-        """
-        self.writing = True  # and stays so if the message cannot be written: on_close follows
+        """Send what this client lacks and the history has, up to `message_size` samples of it."""
+        offset = max(self.position, self.end - len(self.history))
+        end = min(offset + self.message_size, self.end)
+        self.writing = True  # until then passed over: a slow client gets fewer, larger messages
         try:
-            write = self.write_message(self.message(self.position, self.end))
-        except WebSocketClosedError:
-            pass  # it is closing already
+            self.write_message(self.message(offset, end)).add_done_callback(self.written)
+            self.position = end
         except Exception as error:  # noqa: BLE001 - whatever is wrong, it costs the others nothing
-            log.error("client %s dropped: %r", self.request.remote_ip, error)
+            if self.ws_connection:  # it is not closing yet
+                log.warning("client %s dropped: %r", self.request.remote_ip, error)
             self.close()
-        else:
-            self.position = self.end
-            write.add_done_callback(self.written)
 
-    def written(self, write: asyncio.Future[None]) -> None:
-        """Go on with what has come while the last message was being written."""
-        self.writing = False
-        # exception() marks a failure as seen, or asyncio would log a traceback for it.
-        failed = write.cancelled() or write.exception()
-        if not failed and self.position < self.end:
+    def written(self, future: asyncio.Future[None]) -> None:
+        """Go on with what this client still lacks."""
+        self.writing = False  # exception() below: or asyncio would log a traceback for a failure
+        if not (future.cancelled() or future.exception()) and self.position < self.end:
             self.catch_up()
 
     def on_message(self, message: str | bytes) -> None:
-        """Close the connection: this stream is read-only."""
         self.close(1008, "this stream is read-only")
 
     def on_close(self) -> None:
-        """Forget this client."""
         self.clients.discard(self)
         log.info("client %s closed, %d in all", self.request.remote_ip, len(self.clients))
 
 
-def make_app(handler: type[WebSocketServer] = WebSocketServer) -> Application:
+def make_app(handler: type[WebSocketServer] = WebSocketServer) -> web.Application:
     """Make the application that serves the stream at /websocket."""
-    return Application(
-        [(r"/websocket/?", handler)],
-        websocket_ping_interval=10,  # seconds
-        websocket_ping_timeout=10,  # seconds
-        websocket_max_message_size=1024,  # bytes, from a client
-    )
+    pings: Any = {"websocket_ping_interval": 10, "websocket_ping_timeout": 10}  # seconds
+    return web.Application([("/websocket/?", handler)], websocket_max_message_size=1024, **pings)
+
+
+async def serve(
+    app: web.Application, port: int = 8765, address: str = "localhost", ssl_options: Any = None
+) -> None:
+    """Print the URL and serve until cancelled, then tell all clients that the server goes away."""
+    if not address or not 0 <= port <= 65_535:  # empty, it would be every network interface
+        raise ValueError(f"address must not be empty, port from 0 to 65535: {address!r}, {port}")
+    host = f"[{address}]" if ":" in address else address
+    try:
+        sockets = netutil.bind_sockets(port, address)  # port 0 takes a free one
+    except (OSError, UnicodeError) as error:
+        raise OSError(f"cannot listen on {host}:{port}: {error}") from error
+    limits = {"idle_connection_timeout": 10, "body_timeout": 10}  # seconds, to say something
+    server = httpserver.HTTPServer(app, ssl_options=ssl_options, **limits)
+    server.add_sockets(sockets)
+    port = sockets[0].getsockname()[1]
+    try:
+        print(f"{'wss' if ssl_options else 'ws'}://{host}:{port}/websocket", flush=True)
+        await asyncio.Event().wait()
+    finally:
+        server.stop()
+        while WebSocketServer.clients:
+            for client in list(WebSocketServer.clients):
+                client.catch_up()  # so that all of them end at the same sample
+                client.close(1001, "going away")
+            await asyncio.sleep(0.01)
 
 
 async def main() -> None:
-    """Sample and serve until Ctrl-C or SIGTERM."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        usage=argparse.SUPPRESS,  # an error is one line
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--address", default="localhost", help="to listen on")
-    parser.add_argument("--port", type=int, default=8765, help="to listen on; 0 takes a free one")
-    parser.add_argument("--p", type=float, default=0.72, help="probability of a 1")
-    parser.add_argument("--interval", type=int, default=100, help="milliseconds between messages")
-    parser.add_argument("--batch", type=int, default=1, help="samples per message")
-    options = parser.parse_args()
-    for name, low, high in (
-        ("p", 0, 1),
-        ("port", 0, 65_535),
-        ("interval", 1, 86_400_000),
-        ("batch", 1, WebSocketServer.history_size),
-    ):
-        if not low <= getattr(options, name) <= high:
-            parser.error(f"--{name} must be from {low} to {high}, not {getattr(options, name)}")
+    """Sample and serve until cancelled."""
+    parser = argparse.ArgumentParser(description=__doc__, exit_on_error=False)
+    parser.add_argument("--address", default="localhost", help="to listen on (%(default)s)")
+    parser.add_argument("--port", type=int, default=8765, help="0 takes a free one (%(default)s)")
+    parser.add_argument("--p", type=float, default=0.72, help="probability of a 1 (%(default)s)")
+    parser.add_argument("--interval", type=int, default=100, help="in milliseconds (%(default)s)")
+    parser.add_argument("--batch", type=int, default=1, help="samples per message (%(default)s)")
+    try:
+        options = parser.parse_args()
+        if min(options.interval, options.batch) < 1:
+            raise ValueError("interval and batch must be at least 1")
+        coin = RandomBernoulli(options.p)
+        toss = lambda: WebSocketServer.send_message([coin.sample() for _ in range(options.batch)])
+        ioloop.PeriodicCallback(toss, options.interval).start()
+        await serve(make_app(), options.port, options.address)
+    except (argparse.ArgumentError, OSError, ValueError) as error:
+        parser.exit(1 if isinstance(error, OSError) else 2, f"{parser.prog}: error: {error}\n")
+
+
+def run(main: Any) -> None:
+    """Set up the log and run `main`; Ctrl-C or SIGTERM cancels it, and a second one its goodbye."""
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     log.setLevel(logging.INFO)
-
-    # A message to thousands of clients makes thousands of objects: look for garbage less often.
-    gc.set_threshold(50_000)
-    loop, stop = asyncio.get_running_loop(), asyncio.Event()
-    for number in signal.SIGINT, signal.SIGTERM:
-        # A signal comes at any point of the code, so it only wakes the loop.
-        signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
-
-    server = HTTPServer(make_app(), idle_connection_timeout=10, body_timeout=10, max_body_size=1024)
-    try:
-        sockets = bind_sockets(options.port, options.address)
-        server.add_sockets(sockets)
-        host = f"[{options.address}]" if ":" in options.address else options.address
-        print(f"ws://{host}:{sockets[0].getsockname()[1]}/websocket", flush=True)
-    except (OSError, UnicodeError) as error:
-        # Python flushes standard output again as it exits: let that go nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(f"server.py: {options.address}:{options.port}: {error}")
-
-    coin = RandomBernoulli(options.p)
-    sampling = PeriodicCallback(
-        lambda: WebSocketServer.send_message([coin.sample() for _ in range(options.batch)]),
-        options.interval,
-    )
-    sampling.start()
-
-    await stop.wait()
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, signal.SIG_IGN)  # a second one would find the loop closed
-
-    sampling.stop()
-    server.stop()
-    await asyncio.sleep(0.1)  # in which the last samples follow writes that are nearly finished
-    deadline = loop.time() + 5
-    while WebSocketServer.clients and loop.time() < deadline:
-        for client in list(WebSocketServer.clients):
-            client.close(1001, "going away")
-        await asyncio.sleep(0.01)
+    with asyncio.Runner() as runner, contextlib.suppress(asyncio.CancelledError):
+        loop = runner.get_loop()
+        task = loop.create_task(main)
+        for number in signal.SIGINT, signal.SIGTERM:
+            signal.signal(number, lambda *_: task.done() or loop.call_soon_threadsafe(task.cancel))
+        loop.run_until_complete(task)
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    run(main())
