@@ -1,0 +1,1 @@
+"""Recipes: each file changes nothing in the two scripts, and says in its docstring how it is used."""
