@@ -4,7 +4,6 @@ import argparse
 import asyncio
 import contextlib
 import gc
-import inspect
 import json
 import logging
 import math
@@ -12,6 +11,7 @@ import random
 import sys
 import threading
 import time
+from collections.abc import AsyncGenerator, Awaitable, Generator
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -179,7 +179,7 @@ class WebSocketClient:
         if epoch != self.epoch:
             if self.epoch is not None:
                 log.warning("the server began anew; its last run was followed to %d", self.position)
-            self.epoch, self.position = epoch, offset if self.epoch is None else 0
+            self.epoch, self.position = epoch, (offset if self.epoch is None else 0)
         position = self.position + len(self._samples)
         if offset > position:
             log.warning("missed %d samples, which had left the history", offset - position)
@@ -192,7 +192,7 @@ class WebSocketClient:
         samples, self._samples = self._samples, []
         if samples:
             result = self.on_message(samples)
-            if inspect.isawaitable(result) or inspect.isgenerator(result):
+            if isinstance(result, (Awaitable, Generator, AsyncGenerator)):
                 raise TypeError("on_message must be no coroutine and no generator")
             self.position += len(samples)
         self._limit = self.retry_delay
