@@ -5,7 +5,6 @@ import contextlib
 import gc
 import logging
 import re
-import secrets
 import socket
 import subprocess
 import sys
@@ -34,9 +33,11 @@ TIMEOUT = 30  # seconds until a condition that never comes true fails a test; no
 def fresh_server(
     handler: type[WebSocketServer] = WebSocketServer, **attributes: Any
 ) -> type[WebSocketServer]:
-    """Return a subclass with a log and clients of its own, such as a new process has."""
-    log = {"clients": set(), "history": [], "end": 0, "epoch": secrets.token_hex(4)}
-    return type("FreshServer", (handler,), log | attributes)
+    """Return a stream of its own, with clients of its own, such as a new process has.
+
+    `serve` says goodbye to `WebSocketServer.clients` alone; give that set as `clients` to take part.
+    """
+    return type("FreshServer", (handler,), {"clients": set()} | attributes)
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -68,13 +69,15 @@ def wait_until(condition: Callable[[], object]) -> None:
 
 
 class Recorder(WebSocketClient):
-    """A client that keeps every sample, whatever it is."""
+    """A client that keeps every sample, whatever it is, and counts the calls of on_message."""
 
-    def __init__(self, url: str) -> None:
-        super().__init__(url, retry_delay=0.01)
+    def __init__(self, url: str, retry_delay: float = 0.01) -> None:
+        super().__init__(url, retry_delay)
         self.samples: list[Any] = []
+        self.calls = 0
 
     def on_message(self, samples: list[Any]) -> None:
+        self.calls += 1
         self.samples += samples
 
 
