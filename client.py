@@ -220,8 +220,8 @@ def watch(client: WebSocketClient) -> None:
                 _show(client)
                 time.sleep(1)
         finally:
+            logging.getLogger("tornado.application").setLevel(logging.NOTSET)
             client.stop()
-    logging.getLogger("tornado.application").setLevel(logging.NOTSET)
     _show(client)
 
 
