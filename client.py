@@ -68,8 +68,7 @@ class WebSocketClient:
         self.url, self.retry_delay = url, retry_delay
         self.posterior = BetaBinomial()
         self.epoch: str | None = None  # which run of the server the position is in
-        self.position = 0  # the offset of the next sample
-        self.missed = 0  # samples that had left the server's history before they could come
+        self.position = self.missed = 0  # the offset of the next sample; those that cannot come
         self._task: asyncio.Task[None] | None = None  # where run runs; None once it is to end
         self._thread: threading.Thread | None = None
 
@@ -136,7 +135,8 @@ class WebSocketClient:
         try:
             request = self.request(httputil.url_concat(self.url, query))
             handshake: Any = asyncio.ensure_future(websocket.websocket_connect(request, **options))
-            connection = await asyncio.shield(handshake)
+            await asyncio.wait([handshake])
+            connection = handshake.result()
         except asyncio.CancelledError:  # Tornado goes on with the handshake all the same
             handshake.add_done_callback(lambda done: done.exception() or done.result().close(1000))
             raise
