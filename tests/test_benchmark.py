@@ -16,10 +16,11 @@ class BenchmarkTests(unittest.TestCase):
         return done.stdout
 
     def test_every_part_prints_its_table(self) -> None:
-        """At a tiny size, each of the six parts of the benchmark prints a table with our row."""
+        """At a tiny size, each of the eight parts of the benchmark prints a table with our row."""
         printed = self.run_script("benchmark.py", "--tiny")
         parts = dict(part.split("**", 1) for part in printed.split("\n**")[1:])
-        names = ["fan-out", "receiving", "end-to-end", "delay", "memory", "recovery"]
+        names = ["overload", "fan-out", "receiving", "slow-consumer", "end-to-end"]
+        names += ["delay", "memory", "recovery"]
         self.assertEqual(list(parts), names)
         for name, table in parts.items():
             with self.subTest(part=name):
