@@ -1,0 +1,41 @@
+"""Stream a source that blocks: a device, a database, a web page that takes its time to answer.
+
+    python -m tests.recipes.blocking_source
+
+Replace `measure`. It runs in a thread of its own, so the clients are served meanwhile; a reading that
+fails is one line in the log, and the next one follows. Follow it with mean_variance.py. It needs only
+Tornado. Its limits: Ctrl-C waits for the current reading, so give a source that can stay
+silent for ever a timeout of its own. A numpy number is no JSON: return int(x), float(x) or x.tolist().
+"""
+
+import asyncio
+import logging
+import random
+import time
+
+from server import WebSocketServer, make_app, run, serve
+
+log = logging.getLogger("source")
+
+
+def measure() -> float:
+    """A stand-in for the source."""
+    time.sleep(0.5)
+    return random.gauss(20, 0.5)
+
+
+async def follow() -> None:
+    while True:
+        try:
+            WebSocketServer.send_message([await asyncio.to_thread(measure)])
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with a reading
+            log.warning("no sample: %r", error)
+            await asyncio.sleep(0.5)  # a source that is gone fails at once
+
+
+async def main() -> None:
+    await asyncio.gather(serve(make_app()), follow())
+
+
+if __name__ == "__main__":
+    run(main())

@@ -1,0 +1,94 @@
+"""A private stream over a network: TLS, and a token that the server checks before the upgrade.
+
+Make a certificate for the name that clients will use, and a token for both sides:
+
+    openssl req -x509 -newkey rsa:2048 -nodes -days 365 -keyout key.pem -out cert.pem \
+        -subj /CN=localhost -addext subjectAltName=DNS:localhost
+    export TOKEN=$(openssl rand -hex 32)
+    python -m tests.recipes.private server cert.pem key.pem
+    python -m tests.recipes.private client cert.pem wss://localhost:8765/websocket
+
+The client needs cert.pem, never key.pem. To be reached from elsewhere, the server takes --address.
+It needs only Tornado. Its limit: all clients have the same token, so replace it to lock one out.
+"""
+
+import argparse
+import os
+import secrets
+import ssl
+
+from tornado import httpclient, ioloop, web
+
+from client import WebSocketClient, watch
+from server import RandomBernoulli, WebSocketServer, make_app, run, serve
+
+
+def read_token() -> str:
+    """Return the token without the newline that a file leaves; ValueError if it is unusable."""
+    token = os.environ.get("TOKEN", "").rstrip()
+    if not (token.isascii() and token.isprintable() and token) or " " in token:
+        raise ValueError("TOKEN must be set to ASCII characters without spaces")
+    return token
+
+
+class PrivateServer(WebSocketServer):
+    token = secrets.token_hex()  # until it is set, nobody knows it
+
+    def prepare(self) -> None:
+        given = self.request.headers.get_list("Authorization")
+        if len(given) != 1:
+            raise web.HTTPError(401, reason="more than one token" if given else "no token")
+        # As bytes: compare_digest refuses text that is not ASCII.
+        if not secrets.compare_digest(given[0].encode(), f"Bearer {self.token}".encode()):
+            raise web.HTTPError(401, reason="wrong token")
+        super().prepare()
+
+
+class PrivateClient(WebSocketClient):
+    def __init__(self, url: str, token: str, certificate: str, retry_delay: float = 3) -> None:
+        if not url.startswith("wss://"):
+            raise ValueError("the URL must begin with wss:// or everybody can read the token")
+        super().__init__(url, retry_delay)
+        self.token = token
+        self.certificate = certificate
+
+    def request(self, url: str) -> httpclient.HTTPRequest:
+        request = super().request(url)
+        request.headers["Authorization"] = f"Bearer {self.token}"
+        request.ca_certs = self.certificate
+        return request
+
+
+async def serve_privately(address: str, port: int, context: ssl.SSLContext) -> None:
+    coin = RandomBernoulli(0.72)
+    toss = lambda: PrivateServer.send_message([coin.sample()])
+    ioloop.PeriodicCallback(toss, 100).start()
+    await serve(make_app(PrivateServer), port, address, context)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="A private stream.")
+    roles = parser.add_subparsers(dest="role", required=True)
+    server, client = roles.add_parser("server"), roles.add_parser("client")
+    for role in server, client:
+        role.add_argument("certificate")
+    server.add_argument("key")
+    server.add_argument("--address", default="localhost", help="to listen on (%(default)s)")
+    server.add_argument("--port", type=int, default=8765, help="(%(default)s)")
+    client.add_argument("url")
+    options = parser.parse_args()
+    try:
+        token = read_token()
+        if options.role == "client":
+            ssl.create_default_context(cafile=options.certificate)  # now, not at every try
+            return watch(PrivateClient(options.url, token, options.certificate))
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(options.certificate, options.key)
+        PrivateServer.token = token
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    run(serve_privately(options.address, options.port, context))
+
+
+if __name__ == "__main__":
+    main()
