@@ -11,35 +11,39 @@ within 0.1 s is not noticed, and clients miss samples when more than 10,000 line
 
 import argparse
 import asyncio
+import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from server import WebSocketServer, make_app, run, serve
 
 
-def new_lines(path: Path) -> Iterator[list[str]]:
+def new_lines(path: Path) -> Generator[list[str], None, None]:
     """Give, for ever, the lines that have ended since the last time; at first all that are there."""
     while not path.exists():
         yield []
     file, rest = path.open("rb"), b""
-    while True:
-        here, following = os.fstat(file.fileno()), None
-        try:
-            there = path.stat()
-            # The old file is left only once the writer has begun the new one.
-            if not os.path.samestat(here, there) and there.st_size:
-                following = path.open("rb")
-        except OSError:
-            pass  # it is being replaced
-        if here.st_size < file.tell():  # truncated
-            file.seek(0)
-            rest = b""
-        *lines, rest = (rest + file.read()).split(b"\n")
-        if following:
-            file.close()
-            file, rest = following, b""
-        yield [line.decode(errors="replace").removesuffix("\r") for line in lines]
+    try:
+        while True:
+            here, following = os.fstat(file.fileno()), None
+            try:
+                there = path.stat()
+                # The old file is left only once the writer has begun the new one.
+                if not os.path.samestat(here, there) and there.st_size:
+                    following = path.open("rb")
+            except OSError:
+                pass  # it is being replaced
+            if here.st_size < file.tell():  # truncated
+                file.seek(0)
+                rest = b""
+            *lines, rest = (rest + file.read()).split(b"\n")
+            if following:
+                file.close()
+                file, rest = following, b""
+            yield [line.decode(errors="replace").removesuffix("\r") for line in lines]
+    finally:
+        file.close()
 
 
 async def follow(lines: Iterator[list[str]]) -> None:
@@ -56,7 +60,8 @@ async def main() -> None:
         next(lines)  # those that are there already are not sent
     except OSError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
-    await asyncio.gather(serve(make_app()), follow(lines))
+    with contextlib.closing(lines):
+        await asyncio.gather(serve(make_app()), follow(lines))
 
 
 if __name__ == "__main__":
