@@ -1,0 +1,58 @@
+"""Serve the stream, and a page that shows its posterior to people who install nothing.
+
+Run it, and open http://localhost:8765/ (another port: give it as the argument):
+
+    python -m tests.recipes.page
+
+It needs only Tornado, and page.html and stream.js beside it. page.html is the model: replace its
+script by your own. stream.js follows the stream by the same rule as client.py.
+
+Behind a proxy, the page works under any path, since all its addresses are relative. For nginx:
+
+    location /app/ {
+        proxy_pass http://localhost:8765/;
+        proxy_http_version 1.1;
+        proxy_set_header Upgrade $http_upgrade;
+        proxy_set_header Connection upgrade;
+        proxy_set_header Host $http_host;
+    }
+
+A browser lets every page open a WebSocket to your server, from your visitor's machine and network.
+It only says in the Origin header which site the page came from. Tornado compares this with Host
+(so the proxy must pass Host on), or trusts the browser's Sec-Fetch-Site header. For any other site
+it asks `check_origin`, which answers no: 403. Programs such as client.py send no Origin and pass.
+So do not replace `check_origin` by `return True`: then every page that a visitor has open can read
+the stream with that visitor's access. If your page is on another host, trust that whole origin:
+
+    app.settings["trusted_origins"] = ["https://example.org"]
+
+Its limit: a script in a page sees no pings. After a silent loss of the network the page says "live"
+until the browser gives the connection up.
+"""
+
+import sys
+from pathlib import Path
+
+from tornado import ioloop, web
+
+from server import RandomBernoulli, WebSocketServer, make_app, run, serve
+
+HERE = Path(__file__).parent
+
+
+async def main() -> None:
+    """Sample and serve until cancelled."""
+    app = make_app()
+    files = {"path": HERE, "default_filename": "page.html"}
+    app.add_handlers(".*", [(r"/(|stream\.js)", web.StaticFileHandler, files)])
+    coin = RandomBernoulli(0.72)
+    toss = lambda: WebSocketServer.send_message([coin.sample()])
+    try:
+        ioloop.PeriodicCallback(toss, 100).start()
+        await serve(app, int(sys.argv[1]) if sys.argv[1:] else 8765)
+    except (OSError, ValueError) as error:
+        sys.exit(f"usage: page.py [PORT]: {error}")
+
+
+if __name__ == "__main__":
+    run(main())
