@@ -1,0 +1,237 @@
+"""The recipes with a state in a file go on where they were, whenever they are killed."""
+
+import asyncio
+import contextlib
+import io
+import json
+import math
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import unittest
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar
+from unittest import mock
+from urllib.parse import urlsplit
+
+from tornado.testing import gen_test
+
+from client import BetaBinomial
+from tests.recipes import numbered_source
+from tests.recipes.checkpoint import Checkpointed
+from tests.support import ROOT, TIMEOUT, PairCase, Recorder, first_line, fresh_server, until
+
+URL = "ws://127.0.0.1:9/websocket"  # for clients that never start
+
+
+@contextlib.contextmanager
+def recipe(name: str, log: Path, *options: object) -> Iterator[subprocess.Popen[str]]:
+    """Run a recipe as a user would, with its log in a file; kill it at the end."""
+    command = [sys.executable, "-W", "error", "-m", f"tests.recipes.{name}", *map(str, options)]
+    pipes: Any = {"stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
+    with log.open("a") as errors, subprocess.Popen(command, stderr=errors, **pipes) as process:
+        try:
+            yield process
+        finally:
+            process.kill()  # SIGKILL
+
+
+class StateCase(PairCase):
+    attributes: ClassVar[dict[str, Any]] = {"history_size": 10**6}
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        self.log = self.folder / "log"
+
+    def refusal(self, name: str, *options: object) -> str:
+        """Run a recipe that must end at once, and return the one line that says why."""
+        # Without -W error: Tornado leaves a socket open when its port is taken.
+        command = [sys.executable, "-m", f"tests.recipes.{name}", *map(str, options)]
+        pipes: Any = {"capture_output": True, "text": True, "cwd": ROOT, "timeout": TIMEOUT}
+        done = subprocess.run(command, check=False, **pipes)
+        self.assertIn(done.returncode, (1, 2), done)
+        self.assertRegex(done.stderr, r"\A.*: error: .*\n\Z")
+        return done.stderr
+
+
+class CheckpointTests(StateCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.path = self.folder / "checkpoint.json"
+
+    def saved(self) -> Any:
+        return json.loads(self.path.read_bytes()) if self.path.exists() else {"position": 0}
+
+    @gen_test
+    async def test_kills(self) -> None:
+        """A client that is killed again and again counts as much as one that never stopped."""
+        chance = random.Random(10)
+        staying = Recorder(self.url)
+        self.follow(staying)
+
+        async def feed() -> None:
+            while True:
+                self.server.send_message([int(chance.random() < 0.3)])
+                await asyncio.sleep(0.001)
+
+        feeding = asyncio.ensure_future(feed())
+        for _ in range(5):
+            least = self.saved()["position"] + chance.randint(1, 50)
+            with recipe("checkpoint", self.log, self.path, "--url", self.url):
+                while self.saved()["position"] < least:
+                    await asyncio.sleep(0.005)
+                await asyncio.sleep(chance.random() / 20)  # any moment will do
+        feeding.cancel()
+        with recipe("checkpoint", self.log, self.path, "--url", self.url):
+            await until(lambda: self.saved()["position"] == self.server.end)
+        await until(lambda: staying.position == self.server.end)
+        state = self.saved()
+        self.assertEqual(state["posterior"], list(BetaBinomial().update(staying.samples)))
+        self.assertEqual((state["missed"], state["refused"]), (0, 0))
+        self.assertNotIn("Traceback", self.log.read_text())
+
+    def test_unsaved(self) -> None:
+        """What could not be saved is not counted, and the checkpoint before it stays whole."""
+        client = Checkpointed(URL, self.path)
+        client.epoch = "9f86d081"
+        client.on_message([1, 1, 0])
+        client.position = 3
+        before = self.path.read_bytes()
+        for broken in "os.replace", "pathlib.Path.write_text":
+            with mock.patch(broken, side_effect=OSError), self.assertRaises(OSError):
+                client.on_message([0])
+            self.assertEqual(client.posterior, BetaBinomial(3, 2))
+            self.assertEqual(self.path.read_bytes(), before)
+
+    def test_prior_and_refused_samples(self) -> None:
+        """A prior need not be whole, and a sample that is not 0 or 1 costs that sample."""
+        client = Checkpointed(URL, self.path)
+        client.epoch, client.posterior = "9f86d081", BetaBinomial(0.5, 0.5)
+        with self.assertLogs("client", "WARNING") as log:
+            client.on_message([1, "x", None, 0, 1])
+        self.assertEqual(log.output, ["WARNING:client:refused 2 samples that are not 0 or 1"])
+        again = Checkpointed(URL, self.path)
+        self.assertEqual(again.posterior, BetaBinomial(2.5, 1.5))
+        self.assertEqual((again.epoch, again.position, again.refused), ("9f86d081", 5, 2))
+        self.assertIn("refused 2", str(again))
+
+    def test_damaged(self) -> None:
+        """A damaged checkpoint, or a place where none can be, is refused in one line."""
+        Checkpointed(URL, self.path)
+        whole = self.path.read_text()
+        wrong = {"epoch": 1, "position": -1, "missed": True, "refused": 0.5, "posterior": [0, 1]}
+        damaged = [json.dumps(self.saved() | {name: wrong[name]}) for name in wrong]
+        infinite = json.dumps(self.saved() | {"posterior": [1, math.inf]})
+        for text in "", whole[:-1], "[]", "{}", "\0", infinite, *damaged:
+            with self.subTest(text=text):
+                self.path.write_text(text)
+                with self.assertRaisesRegex(ValueError, "is not a checkpoint"):
+                    Checkpointed(URL, self.path)
+        self.assertIn("is not a checkpoint", self.refusal("checkpoint", self.path))
+        self.assertIn("No such file", self.refusal("checkpoint", self.folder / "no" / "x"))
+
+
+class Volatility(Recorder):
+    """A client with the mean, and the exponentially weighted volatility of the returns."""
+
+    total, count, variance, last = 0.0, 0, 0.0, 0.0
+
+    def on_message(self, samples: list[Any]) -> None:
+        super().on_message(samples)
+        for price in filter(None, samples):
+            if self.count:
+                step = math.log(price / self.last)
+                self.variance = 0.94 * self.variance + 0.06 * step**2
+            self.total, self.count, self.last = self.total + price, self.count + 1, price
+
+
+class NumberedSourceTests(StateCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.path = self.folder / "my prices.csv"
+        self.count = self.folder / "my prices.csv.count"
+
+    @gen_test
+    async def test_kills(self) -> None:
+        """While the server is killed in mid-file again and again, a client gets each row once."""
+        chance = random.Random(11)
+        rows = [chance.choice([None, *range(50, 150)]) for _ in range(400)]
+        text = "".join(f"day {n},{'' if row is None else row}\n" for n, row in enumerate(rows))
+        self.path.write_text("day,price\n" + text)
+        client, port = Volatility(URL), 0
+        with self.assertLogs("client") as log:
+            for more in [*(chance.randint(10, 60) for _ in range(5)), len(rows)]:
+                least = min(client.position + more, len(rows))
+                options = [self.path, "price", "--interval", 2, "--port", port]
+                with recipe("numbered_source", self.log, *options) as server:
+                    client.url = await asyncio.to_thread(first_line, server)
+                    port = urlsplit(client.url).port or 0  # the same one from now on
+                    self.following or self.follow(client)
+                    while client.position < least:
+                        await asyncio.sleep(0.005)
+        self.assertEqual(client.samples, rows)
+        self.assertEqual((client.epoch, client.missed), (self.path.name, 0))
+        for words in "began anew", "HTTP 400":
+            self.assertNotIn(words, str(log.output))
+        prices = [row for row in rows if row is not None]
+        steps = [math.log(b / a) for a, b in pairwise(prices)]
+        parts = [0.06 * 0.94**age * step**2 for age, step in enumerate(reversed(steps))]
+        self.assertAlmostEqual(client.total / client.count, statistics.fmean(prices), places=9)
+        self.assertAlmostEqual(math.sqrt(client.variance), math.sqrt(sum(parts)), places=9)
+        self.assertNotIn("Traceback", self.log.read_text())
+
+    @gen_test
+    async def test_order(self) -> None:
+        """Rows sent before are in the log before the server listens; a count is saved first."""
+        self.path.write_text("price\n10\n11\n12\n13\n14\n")
+        self.count.write_text("3")
+        seen: list[tuple[Any, ...]] = []
+
+        class Watched(fresh_server()):  # type: ignore[misc]
+            @classmethod
+            def send_message(cls, samples: list[Any]) -> None:
+                seen.append((cls.end, samples, count.read_text()))
+                super().send_message(samples)
+
+        async def serve(*_: object) -> None:
+            seen.append(("listens", Watched.end))
+
+        count, arguments = self.count, ["", str(self.path), "price", "--interval", "1"]
+        with mock.patch.multiple(numbered_source, Rows=Watched, serve=serve):
+            with mock.patch("sys.argv", arguments):
+                await numbered_source.main()
+        sent = [(0, [10, 11, 12], "3"), ("listens", 3), (3, [13], "4"), (4, [14], "5")]
+        self.assertEqual(seen, sent)
+
+    def test_bad_rows(self) -> None:
+        """A row without a finite number is None, whatever is in it, and the others keep theirs."""
+        bad = ["", "b", "b,", "b,x", "b,inf", "b,nan", "b,\ufffd", f"{'b' * 140_000},1", '"b\n,2",']
+        for row in bad:
+            with self.subTest(row=row[:20]):
+                lines = io.StringIO(f'day,price\r\na,1\r\n{row}\r\n"c\r\n",3\r\n')
+                self.assertEqual([*numbered_source.read(lines, "price")], [1, None, 3])
+
+    def test_refusals(self) -> None:
+        """A wrong file, column, count or option, and a taken port: one line, and nothing changes."""
+        name = "numbered_source"
+        self.assertIn("No such file", self.refusal(name, self.path, "price"))
+        self.path.write_text("day,price\n1,10\n")
+        self.assertIn("no column 'prise'", self.refusal(name, self.path, "prise"))
+        self.assertIn("interval", self.refusal(name, self.path, "price", "--interval", 0))
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            self.assertIn("cannot listen", self.refusal(name, self.path, "price", "--port", port))
+        self.assertFalse(self.count.exists())
+        for text, words in ("x", "must hold a count"), ("2", "only 1 now"):
+            self.count.write_text(text)
+            self.assertIn(words, self.refusal(name, self.path, "price", "--port", 0))
+
+
+if __name__ == "__main__":
+    unittest.main()
