@@ -173,7 +173,7 @@ class WebSocketClient:
                 raise TypeError
         except Exception as error:
             raise ConnectionAbortedError(f"cannot understand {frame[:80]!r}") from error
-        if epoch != self.epoch or offset > self.position + len(self._samples):
+        if self._samples and (epoch != self.epoch or offset > self.position + len(self._samples)):
             self._hand_over()  # what follows begins at another position
             await asyncio.sleep(0)  # a turn of the event loop, in which stop takes effect
         if epoch != self.epoch:
@@ -212,7 +212,7 @@ def watch(client: WebSocketClient) -> None:
     """Print `str(client)` once a second while it follows the stream, until Ctrl-C or its end."""
     logging.basicConfig(level="INFO", format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     # Tornado has a traceback for a handshake that it cannot accept, where one line is enough.
-    logging.getLogger("tornado.application").setLevel(logging.CRITICAL)
+    logging.getLogger("tornado").setLevel(logging.CRITICAL)
     with contextlib.suppress(KeyboardInterrupt):  # the first one, and one while it stops
         try:
             client.start()
@@ -220,7 +220,7 @@ def watch(client: WebSocketClient) -> None:
                 _show(client)
                 time.sleep(1)
         finally:
-            logging.getLogger("tornado.application").setLevel(logging.NOTSET)
+            logging.getLogger("tornado").setLevel(logging.NOTSET)
             client.stop()
     _show(client)
 

@@ -94,6 +94,9 @@ class Tracebacks(logging.Handler):
 
     def unraisable(self, problem: "sys.UnraisableHookArgs") -> None:
         """Take a warning that has become an error where nobody can catch it, as in __del__."""
+        # Tornado leaves the socket of a handshake that was broken off to the garbage collector.
+        if isinstance(problem.exc_value, ResourceWarning) and "<socket" in str(problem.exc_value):
+            return
         self.found.append(repr(problem.exc_value))
 
 
