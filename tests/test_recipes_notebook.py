@@ -1,0 +1,225 @@
+"""The recipes that need other people's mathematics: a coin that changes, and a notebook."""
+
+import asyncio
+import contextlib
+import importlib.util
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import unittest
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from tornado.ioloop import PeriodicCallback
+from tornado.testing import gen_test
+
+from client import BetaBinomial
+from tests.recipes.changing_coin import ChangeClient, log
+from tests.support import ROOT, TIMEOUT, PairCase, Recorder, first_line, until, wait_until
+
+URL = "ws://localhost:8765/websocket"
+
+
+def needs(*modules: str) -> Any:
+    """Skip what needs a package that is absent."""
+    missing = [module for module in modules if not importlib.util.find_spec(module)]
+    return unittest.skipIf(missing, f"needs {missing}: see tests/requirements.txt")
+
+
+def tosses(seed: int, p: float, number: int) -> list[int]:
+    """Toss a coin that falls in the same way every time."""
+    coin = random.Random(seed)
+    return [int(coin.random() < p) for _ in range(number)]
+
+
+class ChangingCoinTests(unittest.TestCase):
+    """A coin whose p changes in mid-stream."""
+
+    def test_server_changes(self) -> None:
+        """The program's coin has its second p after so many samples; it ends with clients told."""
+        command = [sys.executable, "-W", "error", "-m", "tests.recipes.changing_coin", "server"]
+        command += ["--p=0", "--then=1", "--after=5", "--interval=1", "--port=0"]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT) as process:
+            self.addCleanup(process.kill)
+            client = Recorder(first_line(process))
+            self.addCleanup(client.stop)
+            with self.assertLogs("client") as logged:
+                client.start()
+                wait_until(lambda: len(client.samples) > 10)
+                process.terminate()
+                _, story = process.communicate()
+                wait_until(lambda: "going away" in str(logged.output))
+                client.stop()
+        self.assertEqual(client.samples[:10], [0] * 5 + [1] * 5)
+        self.assertEqual(process.returncode, 0)
+        self.assertNotIn("Traceback", story)
+
+
+@needs("river")
+class ChangeClientTests(PairCase):
+    """A client that notices when p changes."""
+
+    def take(self, client: ChangeClient, samples: list[int], size: int) -> list[int]:
+        """Hand the samples over, so many at a time, and return where changes were noticed."""
+        with mock.patch.object(log, "warning") as warning:
+            for begin in range(0, len(samples), size):
+                client.on_message(samples[begin : begin + size])
+                client.position += len(samples[begin : begin + size])
+        return [call.args[1] for call in warning.call_args_list]
+
+    def test_change_is_noticed(self) -> None:
+        """A step from 0.3 to 0.7 is noticed within 200 samples, and the posterior begins there.
+
+        It does not matter how many samples come at a time.
+        """
+        for seed in range(20):
+            samples = tosses(seed, 0.3, 1000) + tosses(100 + seed, 0.7, 500)
+            for size in 1, 7, 1500:
+                client = ChangeClient(URL)
+                [noticed] = self.take(client, samples, size)
+                self.assertIn(noticed, range(1000, 1200))
+                self.assertEqual(client.posterior, BetaBinomial().update(samples[noticed + 1 :]))
+
+    def test_no_false_alarm(self) -> None:
+        """Nothing is noticed in 20,000 samples of a coin that does not change."""
+        client, samples = ChangeClient(URL), tosses(0, 0.3, 20_000)
+        self.assertEqual(self.take(client, samples, 1000), [])
+        self.assertEqual(client.posterior, BetaBinomial().update(samples))
+
+    def test_all_or_nothing(self) -> None:
+        """Samples that are refused, or fail on the way, change nothing and can come again."""
+        samples = tosses(0, 0.3, 1000) + tosses(1, 0.7, 500)
+        expected, client = ChangeClient(URL), ChangeClient(URL)
+        noticed = self.take(expected, samples, 1500)
+        self.take(client, samples[:900], 900)
+        before = client.posterior, client.detector.width
+        with self.assertRaises(ValueError):
+            client.on_message([1, 0, 2])
+        with mock.patch.object(log, "warning", side_effect=OSError), self.assertRaises(OSError):
+            client.on_message(samples[900:])
+        self.assertEqual((client.posterior, client.detector.width), before)
+        self.assertEqual(self.take(client, samples[900:], 600), noticed)
+        self.assertEqual(client.posterior, expected.posterior)
+
+    @gen_test
+    async def test_new_run(self) -> None:
+        """Posterior and detector begin anew at a new run of the server, but not at a reconnect."""
+        client = ChangeClient(self.url, retry_delay=0.01)
+        self.server.send_message([1] * 20)
+        with self.assertLogs("client"):
+            self.follow(client)
+            await until(lambda: client.position == 20)
+            await self.close()
+            self.listen(self.port)  # the same run
+            self.server.send_message([1] * 4)
+            await until(lambda: client.position == 24)
+            self.assertEqual(client.posterior, BetaBinomial(25, 1))
+            await self.restart()
+            self.server.send_message([0] * 5)
+            await until(lambda: client.epoch == self.server.epoch and client.position == 5)
+        self.assertEqual(client.posterior, BetaBinomial(1, 6))
+        self.assertEqual(client.detector.width, 5)
+
+
+@needs("ipykernel", "jupyter_client", "matplotlib")
+class NotebookTests(PairCase):
+    """The notebook, cell by cell, in a real kernel."""
+
+    @contextlib.asynccontextmanager
+    async def kernel(self) -> AsyncIterator[None]:
+        """Start a kernel, and gather what it publishes."""
+        from jupyter_client.kernelspec import KernelSpecManager
+        from jupyter_client.manager import AsyncKernelManager
+
+        text = (ROOT / "tests/recipes/notebook.py").read_text(encoding="utf-8")
+        self.cells = re.split(r"^(?=# %%)", text.replace(URL, self.url), flags=re.MULTILINE)[1:]
+        self.messages: list[dict[str, Any]] = []
+        folder = self.enterContext(tempfile.TemporaryDirectory())
+        manager = AsyncKernelManager(
+            kernel_spec_manager=KernelSpecManager(kernel_dirs=[]),  # this interpreter's own kernel
+            connection_file=str(Path(folder, "connection.json")),
+            transport="ipc",
+        )
+        await manager.start_kernel(cwd=str(ROOT), env={**os.environ, "IPYTHONDIR": folder})
+        self.client = manager.client()
+        self.client.start_channels()
+        await self.client.wait_for_ready(timeout=TIMEOUT)
+
+        async def gather() -> None:
+            while True:
+                self.messages.append(await self.client.get_iopub_msg())
+
+        gathering = asyncio.create_task(gather())
+        try:
+            yield
+        finally:
+            gathering.cancel()
+            await asyncio.wait([gathering])
+            self.client.stop_channels()
+            await manager.shutdown_kernel(now=True)
+
+    async def run_cell(self, cell: str) -> list[dict[str, Any]]:
+        """Run a cell, which must succeed, and return all that was published while it ran."""
+        request, begin = self.client.execute(cell), len(self.messages)
+        ends = lambda message: (
+            message["parent_header"].get("msg_id") == request
+            and message["content"].get("execution_state") == "idle"
+        )
+        await until(lambda: any(map(ends, self.messages)))
+        published = self.messages[begin:]
+        self.assertEqual([m["content"] for m in published if m["msg_type"] == "error"], [])
+        return published
+
+    async def pictures(self, cell: str, kind: str = "update_display_data") -> list[str]:
+        """Run a cell, and return the pictures that came meanwhile."""
+        published = await self.run_cell(cell)
+        contents = [m["content"] for m in published if m["msg_type"] == kind]
+        return [content["data"]["image/png"] for content in contents]
+
+    @gen_test(timeout=10 * TIMEOUT)
+    async def test_picture_moves_until_sure(self) -> None:
+        """The picture moves while another cell runs, and the client stops when the sd is small."""
+        wait = "drawn = client.drawn\nwhile client.drawn == drawn: time.sleep(0.01)\n"
+        toss = PeriodicCallback(lambda: self.server.send_message([0, 1]), 10)
+        async with self.kernel():
+            first, look, last = self.cells
+            shown = await self.pictures(first + "ENOUGH = 0", "display_data")
+            self.assertEqual(len(shown), 1)
+            toss.start()
+            moved = await self.pictures(wait + wait)
+            toss.stop()
+            self.assertGreater(len({*shown, *moved}), 2)
+            self.assertIn("mean 0.5000", str(await self.run_cell(look)))
+            lacking = 620 - self.server.end  # sd is sqrt(0.25 / (trials + 3)): 0.02 after 622
+            self.server.send_message([0, 1] * (lacking // 2))
+            await self.run_cell("ENOUGH = 0.02\nwhile client.position < 620: time.sleep(0.01)")
+            self.assertEqual(len(self.server.clients), 1)
+            self.server.send_message([0, 1, 0, 1])
+            await until(lambda: not self.server.clients)
+            self.server.send_message([1])
+            [end] = await self.pictures(last)
+            kinds = "display_data", "update_display_data"
+            contents = [m["content"] for m in self.messages if m["msg_type"] in kinds]
+            self.assertEqual(contents[-2]["data"]["image/png"], end)  # it was up to date already
+            self.assertEqual(len({content["transient"]["display_id"] for content in contents}), 1)
+
+    @gen_test(timeout=10 * TIMEOUT)
+    async def test_first_cell_again(self) -> None:
+        """The first cell, run again, stops the old client first, and the last cell the new one."""
+        async with self.kernel():
+            first, _, last = self.cells
+            await self.run_cell(first)
+            await until(lambda: self.server.clients)
+            old = set(self.server.clients)
+            await self.run_cell(first)
+            await until(
+                lambda: len(self.server.clients - old) == 1 and not self.server.clients & old
+            )
+            await self.run_cell(last)
+            await until(lambda: not self.server.clients)
