@@ -182,44 +182,42 @@ class NotebookTests(PairCase):
         contents = [m["content"] for m in published if m["msg_type"] == kind]
         return [content["data"]["image/png"] for content in contents]
 
-    @gen_test(timeout=10 * TIMEOUT)
-    async def test_picture_moves_until_sure(self) -> None:
-        """The picture moves while another cell runs, and the client stops when the sd is small."""
+    @gen_test(timeout=20 * TIMEOUT)
+    async def test_notebook(self) -> None:
+        """The picture moves while another cell runs, stops by itself, and can begin anew."""
         wait = "drawn = client.drawn\nwhile client.drawn == drawn: time.sleep(0.01)\n"
         toss = PeriodicCallback(lambda: self.server.send_message([0, 1]), 10)
+        clients = self.server.clients
         async with self.kernel():
             first, look, last = self.cells
-            shown = await self.pictures(first + "ENOUGH = 0", "display_data")
-            self.assertEqual(len(shown), 1)
+            first = first.replace("ENOUGH = 0.02", "ENOUGH = 0")
+            shown = await self.pictures(first, "display_data")
             toss.start()
             moved = await self.pictures(wait + wait)
             toss.stop()
             self.assertGreater(len({*shown, *moved}), 2)
             self.assertIn("mean 0.5000", str(await self.run_cell(look)))
-            lacking = 620 - self.server.end  # sd is sqrt(0.25 / (trials + 3)): 0.02 after 622
-            self.server.send_message([0, 1] * (lacking // 2))
-            await self.run_cell("ENOUGH = 0.02\nwhile client.position < 620: time.sleep(0.01)")
-            self.assertEqual(len(self.server.clients), 1)
-            self.server.send_message([0, 1, 0, 1])
-            await until(lambda: not self.server.clients)
+
+            half = self.server.end // 2
+            enough = BetaBinomial(half + 3, half + 3).sd  # after two more of each
+            self.server.send_message([0, 1])
+            await self.run_cell(f"while client.position <= {2 * half}: time.sleep(0.01)")
+            await self.run_cell(f"ENOUGH = {enough}")
+            self.server.send_message([0])
+            await self.run_cell(f"while client.position <= {2 * half + 2}: time.sleep(0.01)")
+            self.assertEqual(len(clients), 1)
             self.server.send_message([1])
+            await until(lambda: not clients)
             [end] = await self.pictures(last)
             kinds = "display_data", "update_display_data"
             contents = [m["content"] for m in self.messages if m["msg_type"] in kinds]
             self.assertEqual(contents[-2]["data"]["image/png"], end)  # it was up to date already
             self.assertEqual(len({content["transient"]["display_id"] for content in contents}), 1)
 
-    @gen_test(timeout=10 * TIMEOUT)
-    async def test_first_cell_again(self) -> None:
-        """The first cell, run again, stops the old client first, and the last cell the new one."""
-        async with self.kernel():
-            first, _, last = self.cells
             await self.run_cell(first)
-            await until(lambda: self.server.clients)
-            old = set(self.server.clients)
+            await until(lambda: clients)
+            old = set(clients)
             await self.run_cell(first)
-            await until(
-                lambda: len(self.server.clients - old) == 1 and not self.server.clients & old
-            )
+            await until(lambda: len(clients) == 1 and not clients & old)
             await self.run_cell(last)
-            await until(lambda: not self.server.clients)
+            await until(lambda: not clients)
