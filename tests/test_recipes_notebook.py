@@ -1,6 +1,5 @@
 """The recipes that need other people's mathematics: a coin that changes, and a notebook."""
 
-import asyncio
 import contextlib
 import importlib.util
 import os
@@ -139,7 +138,6 @@ class NotebookTests(PairCase):
 
         text = (ROOT / "tests/recipes/notebook.py").read_text(encoding="utf-8")
         self.cells = re.split(r"^(?=# %%)", text.replace(URL, self.url), flags=re.MULTILINE)[1:]
-        self.messages: list[dict[str, Any]] = []
         folder = self.enterContext(tempfile.TemporaryDirectory())
         manager = AsyncKernelManager(
             kernel_spec_manager=KernelSpecManager(kernel_dirs=[]),  # this interpreter's own kernel
@@ -151,36 +149,28 @@ class NotebookTests(PairCase):
         self.client.start_channels()
         await self.client.wait_for_ready(timeout=TIMEOUT)
 
-        async def gather() -> None:
-            while True:
-                self.messages.append(await self.client.get_iopub_msg())
-
-        gathering = asyncio.create_task(gather())
         try:
             yield
         finally:
-            gathering.cancel()
-            await asyncio.wait([gathering])
             self.client.stop_channels()
             await manager.shutdown_kernel(now=True)
 
     async def run_cell(self, cell: str) -> list[dict[str, Any]]:
-        """Run a cell, which must succeed, and return all that was published while it ran."""
-        request, begin = self.client.execute(cell), len(self.messages)
-        ends = lambda message: (
-            message["parent_header"].get("msg_id") == request
-            and message["content"].get("execution_state") == "idle"
-        )
-        await until(lambda: any(map(ends, self.messages)))
-        published = self.messages[begin:]
-        self.assertEqual([m["content"] for m in published if m["msg_type"] == "error"], [])
+        """Run a cell, which must succeed, and return all that was published up to its end."""
+        request, published, state = self.client.execute(cell), [], ("", "")
+        while state != (request, "idle"):
+            message = await self.client.get_iopub_msg(timeout=TIMEOUT)
+            self.assertNotEqual(message["msg_type"], "error", message["content"])
+            parent, content = message["parent_header"], message["content"]
+            state = parent.get("msg_id"), content.get("execution_state")
+            published.append(message)
         return published
 
-    async def pictures(self, cell: str, kind: str = "update_display_data") -> list[str]:
-        """Run a cell, and return the pictures that came meanwhile."""
+    async def pictures(self, cell: str, kind: str = "update_display_data") -> list[Any]:
+        """Run a cell, and return the pictures that came, and where they are shown."""
         published = await self.run_cell(cell)
         contents = [m["content"] for m in published if m["msg_type"] == kind]
-        return [content["data"]["image/png"] for content in contents]
+        return [(c["data"]["image/png"], c["transient"]["display_id"]) for c in contents]
 
     @gen_test(timeout=20 * TIMEOUT)
     async def test_notebook(self) -> None:
@@ -196,6 +186,7 @@ class NotebookTests(PairCase):
             moved = await self.pictures(wait + wait)
             toss.stop()
             self.assertGreater(len({*shown, *moved}), 2)
+            self.assertEqual(len({place for _, place in shown + moved}), 1)
             self.assertIn("mean 0.5000", str(await self.run_cell(look)))
 
             half = self.server.end // 2
@@ -208,11 +199,8 @@ class NotebookTests(PairCase):
             self.assertEqual(len(clients), 1)
             self.server.send_message([1])
             await until(lambda: not clients)
-            [end] = await self.pictures(last)
-            kinds = "display_data", "update_display_data"
-            contents = [m["content"] for m in self.messages if m["msg_type"] in kinds]
-            self.assertEqual(contents[-2]["data"]["image/png"], end)  # it was up to date already
-            self.assertEqual(len({content["transient"]["display_id"] for content in contents}), 1)
+            final, again = await self.pictures(last)
+            self.assertEqual(final, again)  # its own last picture has all samples
 
             await self.run_cell(first)
             await until(lambda: clients)
