@@ -1,7 +1,6 @@
 """The recipes that need other people's mathematics: a coin that changes, and a notebook."""
 
 import contextlib
-import importlib.util
 import os
 import random
 import re
@@ -10,6 +9,7 @@ import sys
 import tempfile
 import unittest
 from collections.abc import AsyncIterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,13 +21,8 @@ from client import BetaBinomial
 from tests.recipes.changing_coin import ChangeClient, log
 from tests.support import ROOT, TIMEOUT, PairCase, Recorder, first_line, until, wait_until
 
+KERNEL = all(map(find_spec, ["ipykernel", "jupyter_client", "matplotlib"]))
 URL = "ws://localhost:8765/websocket"
-
-
-def needs(*modules: str) -> Any:
-    """Skip what needs a package that is absent."""
-    missing = [module for module in modules if not importlib.util.find_spec(module)]
-    return unittest.skipIf(missing, f"needs {missing}: see tests/requirements.txt")
 
 
 def tosses(seed: int, p: float, number: int) -> list[int]:
@@ -44,23 +39,25 @@ class ChangingCoinTests(unittest.TestCase):
         command = [sys.executable, "-W", "error", "-m", "tests.recipes.changing_coin", "server"]
         command += ["--p=0", "--then=1", "--after=5", "--interval=1", "--port=0"]
         pipe = subprocess.PIPE
-        with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT) as process:
-            self.addCleanup(process.kill)
-            client = Recorder(first_line(process))
-            self.addCleanup(client.stop)
-            with self.assertLogs("client") as logged:
-                client.start()
-                wait_until(lambda: len(client.samples) > 10)
-                process.terminate()
-                _, story = process.communicate()
-                wait_until(lambda: "going away" in str(logged.output))
-                client.stop()
+        process = self.enterContext(
+            subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
+        )
+        self.addCleanup(process.kill)
+        client = Recorder(first_line(process))
+        self.addCleanup(client.stop)
+        with self.assertLogs("client") as logged:
+            client.start()
+            wait_until(lambda: len(client.samples) > 10)
+            process.terminate()
+            _, story = process.communicate()
+            wait_until(lambda: "going away" in str(logged.output))
+            client.stop()
         self.assertEqual(client.samples[:10], [0] * 5 + [1] * 5)
         self.assertEqual(process.returncode, 0)
         self.assertNotIn("Traceback", story)
 
 
-@needs("river")
+@unittest.skipUnless(find_spec("river"), "needs river: see tests/requirements.txt")
 class ChangeClientTests(PairCase):
     """A client that notices when p changes."""
 
@@ -126,7 +123,9 @@ class ChangeClientTests(PairCase):
         self.assertEqual(client.detector.width, 5)
 
 
-@needs("ipykernel", "jupyter_client", "matplotlib")
+@unittest.skipUnless(
+    KERNEL, "needs ipykernel, jupyter_client, matplotlib: see tests/requirements.txt"
+)
 class NotebookTests(PairCase):
     """The notebook, cell by cell, in a real kernel."""
 
@@ -166,10 +165,10 @@ class NotebookTests(PairCase):
             published.append(message)
         return published
 
-    async def pictures(self, cell: str, kind: str = "update_display_data") -> list[Any]:
-        """Run a cell, and return the pictures that came, and where they are shown."""
-        published = await self.run_cell(cell)
-        contents = [m["content"] for m in published if m["msg_type"] == kind]
+    async def pictures(self, cell: str) -> list[tuple[str, str]]:
+        """Run a cell, and return the pictures that came, each with the place where it is shown."""
+        messages = [m for m in await self.run_cell(cell) if m["msg_type"].endswith("display_data")]
+        contents = [message["content"] for message in messages]
         return [(c["data"]["image/png"], c["transient"]["display_id"]) for c in contents]
 
     @gen_test(timeout=20 * TIMEOUT)
@@ -181,14 +180,13 @@ class NotebookTests(PairCase):
         async with self.kernel():
             first, look, last = self.cells
             first = first.replace("ENOUGH = 0.02", "ENOUGH = 0")
-            shown = await self.pictures(first, "display_data")
+            shown = await self.pictures(first)
             toss.start()
             moved = await self.pictures(wait + wait)
             toss.stop()
             self.assertGreater(len({*shown, *moved}), 2)
             self.assertEqual(len({place for _, place in shown + moved}), 1)
             self.assertIn("mean 0.5000", str(await self.run_cell(look)))
-
             half = self.server.end // 2
             enough = BetaBinomial(half + 3, half + 3).sd  # after two more of each
             self.server.send_message([0, 1])
@@ -201,7 +199,6 @@ class NotebookTests(PairCase):
             await until(lambda: not clients)
             final, again = await self.pictures(last)
             self.assertEqual(final, again)  # its own last picture has all samples
-
             await self.run_cell(first)
             await until(lambda: clients)
             old = set(clients)
