@@ -396,7 +396,9 @@ class BounceTests(FaultCase):
         )
         stream.sample = "{:02000}".format
         with contextlib.redirect_stdout(io.StringIO()) as output:
-            task = asyncio.ensure_future(server.serve(server.make_app(stream.server), 0, "::1"))
+            task = asyncio.ensure_future(
+                server.serve(server.make_app(stream.server), 0, "127.0.0.1")
+            )
             await until(output.getvalue)
         url = output.getvalue().strip()
         stream.port = int(url.rsplit(":", 1)[1].split("/")[0])
@@ -404,7 +406,7 @@ class BounceTests(FaultCase):
         with self.assertLogs("client", "WARNING") as logs:
             async with following(*clients):
                 await until(lambda: len(stream.server.clients) == 5)
-                reader, writer = await asyncio.open_connection("::1", stream.port, limit=4096)
+                reader, writer = await asyncio.open_connection("127.0.0.1", stream.port, limit=4096)
                 writer.write(request())
                 head = await reader.readuntil(b"\r\n\r\n")
                 self.assertIn(b"101", head)

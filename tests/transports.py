@@ -26,7 +26,8 @@ from tornado.websocket import WebSocketHandler, websocket_connect
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.benchmark import Process, prepare, progress, table, ticks, versions
+from tests.benchmark import progress, table, versions
+from tests.measuring import Process, prepare, ticks
 
 Take = Callable[[str | bytes], int]  # takes a message and returns the position after it
 
