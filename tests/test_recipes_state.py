@@ -148,15 +148,15 @@ class NumberedSourceTests(StateCase):
     async def test_kills(self) -> None:
         """While the server is killed in mid-file again and again, a client gets each row once."""
         chance = random.Random(11)
-        rows = [chance.choice([None, *range(50, 150)]) for _ in range(400)]
+        rows = [chance.choice([None, *range(50, 150)]) for _ in range(1_000)]
         text = "".join(f"day {n},{'' if row is None else row}\n" for n, row in enumerate(rows))
         self.path.write_text("day,price\n" + text)
         client, port = Volatility(URL), 0
         with self.assertLogs("client") as log:
             for more in [*(chance.randint(10, 60) for _ in range(5)), len(rows)]:
-                least = min(client.position + more, len(rows))
-                options = [self.path, "price", "--interval", 2, "--port", port]
-                with recipe("numbered_source", self.log, *options) as server:
+                least = min(client.position + more, len(rows))  # slow before that: in mid-file
+                options = [self.path, "price", "--interval", 10 if least < len(rows) else 1]
+                with recipe("numbered_source", self.log, *options, "--port", port) as server:
                     client.url = await asyncio.to_thread(first_line, server)
                     port = urlsplit(client.url).port or 0  # the same one from now on
                     if not self.following:
