@@ -94,8 +94,10 @@ class Tracebacks(logging.Handler):
 
     def unraisable(self, problem: "sys.UnraisableHookArgs") -> None:
         """Take a warning that has become an error where nobody can catch it, as in __del__."""
-        # Tornado leaves the socket of a handshake that was broken off to the garbage collector.
-        if isinstance(problem.exc_value, ResourceWarning) and "<socket" in str(problem.exc_value):
+        # Tornado leaves what belongs to a handshake that failed to the garbage collector.
+        left = ("<socket", "Unclosed WebSocketClientConnection")
+        text = str(problem.exc_value)
+        if isinstance(problem.exc_value, ResourceWarning) and any(name in text for name in left):
             return
         self.found.append(repr(problem.exc_value))
 

