@@ -39,9 +39,8 @@ class ChangingCoinTests(unittest.TestCase):
         command = [sys.executable, "-W", "error", "-m", "tests.recipes.changing_coin", "server"]
         command += ["--p=0", "--then=1", "--after=5", "--interval=1", "--port=0"]
         pipe = subprocess.PIPE
-        process = self.enterContext(
-            subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
-        )
+        process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
+        self.enterContext(process)
         self.addCleanup(process.kill)
         client = Recorder(first_line(process))
         self.addCleanup(client.stop)
@@ -70,10 +69,7 @@ class ChangeClientTests(PairCase):
         return [call.args[1] for call in warning.call_args_list]
 
     def test_change_is_noticed(self) -> None:
-        """A step from 0.3 to 0.7 is noticed within 200 samples, and the posterior begins there.
-
-        It does not matter how many samples come at a time.
-        """
+        """A step from 0.3 to 0.7 is noticed within 200 samples, however many come at a time."""
         for seed in range(20):
             samples = tosses(seed, 0.3, 1000) + tosses(100 + seed, 0.7, 500)
             for size in 1, 7, 1500:
@@ -95,8 +91,7 @@ class ChangeClientTests(PairCase):
         noticed = self.take(expected, samples, 1500)
         self.take(client, samples[:900], 900)
         before = client.posterior, client.detector.width
-        with self.assertRaises(ValueError):
-            client.on_message([1, 0, 2])
+        self.assertRaises(ValueError, client.on_message, [2, *samples[900:]])
         with mock.patch.object(log, "warning", side_effect=OSError), self.assertRaises(OSError):
             client.on_message(samples[900:])
         self.assertEqual((client.posterior, client.detector.width), before)
@@ -123,20 +118,18 @@ class ChangeClientTests(PairCase):
         self.assertEqual(client.detector.width, 5)
 
 
-@unittest.skipUnless(
-    KERNEL, "needs ipykernel, jupyter_client, matplotlib: see tests/requirements.txt"
-)
+@unittest.skipUnless(KERNEL, "needs ipykernel and matplotlib: see tests/requirements.txt")
 class NotebookTests(PairCase):
     """The notebook, cell by cell, in a real kernel."""
 
     @contextlib.asynccontextmanager
     async def kernel(self) -> AsyncIterator[None]:
-        """Start a kernel, and gather what it publishes."""
+        """Start a kernel, and kill it at the end."""
         from jupyter_client.kernelspec import KernelSpecManager
         from jupyter_client.manager import AsyncKernelManager
 
-        text = (ROOT / "tests/recipes/notebook.py").read_text(encoding="utf-8")
-        self.cells = re.split(r"^(?=# %%)", text.replace(URL, self.url), flags=re.MULTILINE)[1:]
+        text = (ROOT / "tests/recipes/notebook.py").read_text().replace(URL, self.url)
+        self.cells = re.split("^(?=# %%)", text, flags=re.MULTILINE)[1:]
         folder = self.enterContext(tempfile.TemporaryDirectory())
         manager = AsyncKernelManager(
             kernel_spec_manager=KernelSpecManager(kernel_dirs=[]),  # this interpreter's own kernel
@@ -147,7 +140,6 @@ class NotebookTests(PairCase):
         self.client = manager.client()
         self.client.start_channels()
         await self.client.wait_for_ready(timeout=TIMEOUT)
-
         try:
             yield
         finally:
