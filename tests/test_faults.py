@@ -1055,7 +1055,7 @@ class ResourceTests(FaultCase):
                 await until(lambda: len(list(files.iterdir())) == count)
                 return memory(process)
 
-            before = await visits(500)
+            before = await visits(3_000)  # with 50 at once: the most that the heap needs
             self.assertLess(await visits(26_000 if LONG else 3_000), before + 4)
 
     @gen_test
