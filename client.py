@@ -68,7 +68,7 @@ class WebSocketClient:
         self.url, self.retry_delay = url, retry_delay
         self.posterior = BetaBinomial()
         self.epoch: str | None = None  # which run of the server the position is in
-        self.position = self.missed = 0  # the offset of the next sample; those that cannot come
+        self.position = self.missed = 0  # the next offset; what can never come
         self._task: asyncio.Task[None] | None = None  # where run runs; None once it is to end
         self._thread: threading.Thread | None = None
 

@@ -92,7 +92,7 @@ class WebSocketServer(websocket.WebSocketHandler):
         """Send what this client lacks and the history has, up to `message_size` samples of it."""
         offset = max(self.position, self.end - len(self.history))
         end = min(offset + self.message_size, self.end)
-        self.writing = True  # until then passed over: a slow client gets fewer, larger messages
+        self.writing = True  # passed over until then: a slow client gets fewer, larger messages
         try:
             self.write_message(self.message(offset, end)).add_done_callback(self.written)
             self.position = end
@@ -103,7 +103,7 @@ class WebSocketServer(websocket.WebSocketHandler):
 
     def written(self, future: asyncio.Future[None]) -> None:
         """Go on with what this client still lacks."""
-        self.writing = False  # exception() below: or asyncio would log a traceback for a failure
+        self.writing = False  # below, exception() keeps asyncio from logging a traceback
         if not (future.cancelled() or future.exception()) and self.position < self.end:
             self.catch_up()
 
@@ -132,7 +132,7 @@ async def serve(
         sockets = netutil.bind_sockets(port, address)  # port 0 takes a free one
     except (OSError, UnicodeError) as error:
         raise OSError(f"cannot listen on {host}:{port}: {error}") from error
-    limits = {"idle_connection_timeout": 10, "body_timeout": 10}  # seconds, to say something
+    limits = {"idle_connection_timeout": 10, "body_timeout": 10}  # seconds, for silent peers
     server = httpserver.HTTPServer(app, ssl_options=ssl_options, **limits)
     server.add_sockets(sockets)
     port = sockets[0].getsockname()[1]
