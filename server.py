@@ -92,7 +92,7 @@ class WebSocketServer(websocket.WebSocketHandler):
         """Send what this client lacks and the history has, up to `message_size` samples of it."""
         offset = max(self.position, self.end - len(self.history))
         end = min(offset + self.message_size, self.end)
-        self.writing = True  # passed over until then: a slow client gets fewer, larger messages
+        self.writing = True  # passed over until written: a slow client gets fewer, larger messages
         try:
             self.write_message(self.message(offset, end)).add_done_callback(self.written)
             self.position = end
