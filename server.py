@@ -131,7 +131,7 @@ async def serve(
     try:
         sockets = netutil.bind_sockets(port, address)  # port 0 takes a free one
     except (OSError, UnicodeError) as error:
-        raise OSError(f"cannot listen on {host}:{port}: {error}") from error
+        raise SystemExit(f"cannot listen on {host}:{port}: {error}") from error
     limits = {"idle_connection_timeout": 10, "body_timeout": 10}  # seconds, for silent peers
     server = httpserver.HTTPServer(app, ssl_options=ssl_options, **limits)
     server.add_sockets(sockets)

@@ -598,9 +598,7 @@ class BounceTests(FaultCase):
         with listener, python(*command, stderr=subprocess.PIPE) as process:
             output, errors = process.communicate()
         self.assertEqual((process.returncode, output), (1, ""))
-        self.assertRegex(
-            errors, rf"^server.py: error: cannot listen on localhost:{port}: .*in use.*\n$"
-        )
+        self.assertRegex(errors, rf"^cannot listen on localhost:{port}: .*in use.*\n$")
 
 
 def last_line(name: str) -> str:

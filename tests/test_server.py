@@ -424,12 +424,12 @@ class ServeTests(ServerCase):
 
     @gen_test
     async def test_an_error_names_address_and_port(self) -> None:
-        """A port in use, or an address that is not here: OSError, with both in its text."""
+        """A port in use, or an address that is not here, ends the program with one line."""
         hosts = {"127.0.0.1": "127.0.0.1", "2001:db8::1": r"\[2001:db8::1\]", "a..b": "a..b"}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ResourceWarning)  # Tornado forgets that socket
             for host, text in hosts.items():
-                with self.assertRaisesRegex(OSError, f"^cannot listen on {text}:{self.port}: "):
+                with self.assertRaisesRegex(SystemExit, f"^cannot listen on {text}:{self.port}: "):
                     await serve(make_app(), self.port, host)
             gc.collect()
 
