@@ -268,7 +268,7 @@ class OptionTests(ScriptCase):
                     result = run_script("server.py", *options)
                     self.assertEqual((result.returncode, result.stdout), (1, ""))
                     place = rf"{re.escape(address)}:{self.port}"
-                    self.assertRegex(result.stderr, rf"^server\.py: error: .* {place}: .*\n$")
+                    self.assertRegex(result.stderr, rf"^cannot listen on {place}: .*\n$")
 
     def test_help_names_every_option_with_its_default(self) -> None:
         """--help says what the script does, and each option's default."""
