@@ -1,11 +1,12 @@
-"""Stream a source that blocks: a device, a database, a web page that takes its time to answer.
+"""Stream a source that blocks: a device, a database, a web page that is slow to answer.
 
     python -m tests.recipes.blocking_source
 
-Replace `measure`. It runs in a thread of its own, so the clients are served meanwhile; a reading that
-fails is one line in the log, and the next one follows. Follow it with mean_variance.py. It needs only
-Tornado. Its limits: Ctrl-C waits for the current reading, so give a source that can stay
-silent for ever a timeout of its own. A numpy number is no JSON: return int(x), float(x) or x.tolist().
+Replace `measure`. It runs in a thread of its own, so the clients are served meanwhile. A reading
+that fails is one line in the log, and the next one follows. Follow the stream with
+mean_variance.py. It needs only Tornado. Its limits: Ctrl-C waits for the current reading, so a
+source that can stay silent for ever needs a timeout of its own. A numpy number is not JSON: return
+int(x), float(x) or x.tolist().
 """
 
 import asyncio
@@ -34,7 +35,9 @@ async def follow() -> None:
 
 
 async def main() -> None:
-    await asyncio.gather(serve(make_app()), follow())
+    async with asyncio.TaskGroup() as group:
+        group.create_task(follow())
+        await serve(make_app())
 
 
 if __name__ == "__main__":

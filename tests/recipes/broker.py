@@ -13,13 +13,13 @@ Or copy this file, put it beside server.py, and run `python broker.py produce` a
 everything that the shell runs in the background: `kill $(jobs -p)`.
 
 NATS numbers and keeps the samples (in a folder in /tmp, or in the one that -sd names), so all
-servers have the same log: an offset is a sequence number less 1, and the epoch is made from the
+servers have the same log: an offset is a sequence number minus 1, and the epoch is made from the
 time at which the stream "samples" was created. client.py needs no change.
 
-In front of the servers goes a proxy that passes WebSockets on, tries the next server when one is
-dead, and keeps the Host header, with which Tornado compares the origin of a page. Its health check
-is best a TCP check, or a page that answers 200: /websocket answers anything else than a WebSocket
-with 400. On several machines, give --broker and --address, and let only them reach the broker: it
+Put a proxy in front of the servers. It must pass WebSockets on, try the next server when one is
+dead, and keep the Host header, with which Tornado compares the origin of a page. Let its health
+check be a TCP check, or give it a page that answers 200: /websocket answers 400 to anything but a
+WebSocket. On several machines, give --broker and --address, and let only them reach the broker: it
 asks for no password.
 
 Its limits: there is one producer. While it is down nobody samples, and a second one would mix its
@@ -105,7 +105,9 @@ async def feed_and_serve(broker: str, port: int, address: str) -> None:
                 StreamServer.take(message)
             raise OSError("the subscription has ended")
 
-        await asyncio.gather(feed(), serve(make_app(StreamServer), port, address))
+        async with asyncio.TaskGroup() as group:
+            group.create_task(feed())
+            await serve(make_app(StreamServer), port, address)
 
 
 async def main() -> None:
@@ -118,13 +120,16 @@ async def main() -> None:
     server.add_argument("port", type=int, help="0 takes a free one")
     server.add_argument("--address", default="localhost", help="to listen on (%(default)s)")
     options = parser.parse_args()
+    problem: BaseException | None = None
     try:
         if options.command == "produce":
             await produce(options.broker)
         else:
             await feed_and_serve(options.broker, options.port, options.address)
-    except (OSError, ValueError, nats.errors.Error) as error:
-        parser.exit(1, f"{parser.prog}: error: {error}\n")
+    except* (OSError, ValueError, nats.errors.Error) as errors:
+        problem = errors.exceptions[0]
+    if problem:  # here, since an exit inside of except* would be put into a group as well
+        parser.exit(1, f"{parser.prog}: error: {problem}\n")
 
 
 if __name__ == "__main__":

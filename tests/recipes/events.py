@@ -8,16 +8,16 @@ It needs only Tornado, and page.html and stream.js beside it. The page is that o
 follows /events. The `id` of an event is `epoch:offset`, with the offset of the next sample. The
 browser sends it back as Last-Event-ID when it reconnects, so it goes on exactly there.
 
-`EventStream` is a stream of its own, with its own epoch: feed it by `EventStream.send_message`.
+`EventStream` is a stream of its own, with its own epoch: feed it with `EventStream.send_message`.
 
 Its limits: there are no pings, so a client whose network fell silent counts as connected until TCP
 gives up. While there is no sample nothing is sent, so nginx ends the response after 60 s, and the
 browser comes back. A browser opens at most six such connections to a server over HTTP/1.1.
 """
 
+import argparse
 import asyncio
 import functools
-import sys
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -30,7 +30,7 @@ HERE = Path(__file__).parent
 
 
 class EventStream(WebSocketServer):
-    """An instance is one response without an end; the log is that of any other stream."""
+    """An instance is one endless response; the class holds the log, as in server.py."""
 
     def prepare(self) -> None:
         self.ended = asyncio.Event()
@@ -79,6 +79,8 @@ class Page(web.RequestHandler):
 
 async def main() -> None:
     """Sample and serve until cancelled, the same samples at /websocket and at /events."""
+    parser = argparse.ArgumentParser(description="Serve the stream as Server-Sent Events, too.")
+    parser.add_argument("port", type=int, nargs="?", default=8765, help="(%(default)s)")
     app = make_app()
     script = (r"/(stream\.js)", web.StaticFileHandler, {"path": HERE})
     app.add_handlers(".*", [("/", Page), script, ("/events", EventStream)])
@@ -91,9 +93,9 @@ async def main() -> None:
 
     try:
         ioloop.PeriodicCallback(toss, 100).start()
-        await serve(app, int(sys.argv[1]) if sys.argv[1:] else 8765)
+        await serve(app, parser.parse_args().port)
     except (OSError, ValueError) as error:
-        sys.exit(f"usage: events.py [PORT]: {error}")
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python -m tests.recipes.growing_file measurements.txt
 
-A sample is a line as text: follow it with mean_variance.py if it is a number. Lines that end
-before the start are not sent, and half a line waits for its end. A file that is truncated or
+A sample is a line as text: follow it with mean_variance.py if it is a number. Lines that are
+there at the start are not sent, and half a line waits for its end. A file that is truncated or
 replaced under its name, as log rotation does, is read from its new start; it may also be missing at
 first. It needs only Tornado. Its limits: a file that is truncated and grows longer than it was
 within 0.1 s is not noticed, and clients miss samples when more than 10,000 lines come at once.
@@ -59,9 +59,11 @@ async def main() -> None:
     try:
         next(lines)  # those that are there already are not sent
     except OSError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+        parser.exit(1, f"{parser.prog}: error: {error}\n")
     with contextlib.closing(lines):
-        await asyncio.gather(serve(make_app()), follow(lines))
+        async with asyncio.TaskGroup() as group:
+            group.create_task(follow(lines))
+            await serve(make_app())
 
 
 if __name__ == "__main__":

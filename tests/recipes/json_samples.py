@@ -5,7 +5,7 @@
 Replace `measure` and what `on_message` makes of a sample. One that it does not understand is
 refused: it is counted, and a line in the log says so. It needs only Tornado. Its limit: a message
 holds up to 1,000 samples and a client takes up to 10 MiB, so lower `message_size` where samples are
-longer than 10,000 bytes. A numpy number is no JSON: send int(x), float(x) or x.tolist().
+longer than 10,000 bytes. A numpy number is not JSON: send int(x), float(x) or x.tolist().
 """
 
 import asyncio
@@ -50,7 +50,10 @@ async def follow(client: Thermometers) -> None:
 
 async def main() -> None:
     client = Thermometers("ws://localhost:8765/websocket")
-    await asyncio.gather(serve(make_app()), client.run(), follow(client))
+    async with asyncio.TaskGroup() as group:
+        group.create_task(client.run())
+        group.create_task(follow(client))
+        await serve(make_app())
 
 
 if __name__ == "__main__":

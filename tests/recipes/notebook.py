@@ -1,11 +1,16 @@
 """In a notebook: a picture of the posterior that moves, while you run other cells.
 
 Copy this file beside client.py, start a server, and open the copy in VS Code, or in Jupyter with
-jupytext; or copy the cells, each of which begins with %%, into a notebook beside client.py. It is
-no program. It needs ipykernel and matplotlib. It ends by itself when the sd is small enough. Run
-the first cell again, and it begins anew. Its limit: while your own cell computes without a pause,
-the picture moves more slowly, since both share one Python.
+jupytext; or copy the cells, each of which begins with %%, into a notebook beside client.py. It
+needs ipykernel and matplotlib. It ends by itself when the sd is small enough. Run the first cell
+again to begin anew. Its limit: while your own cell computes without a pause, the picture moves more
+slowly, since both share one Python. Run as a program, it only prints this.
 """
+
+import sys
+
+if "ipykernel" not in sys.modules:
+    sys.exit(__doc__)
 
 # %% The picture appears below this cell.
 import io
@@ -64,7 +69,7 @@ class NotebookClient(WebSocketClient):
 
 old = globals().get("client")
 if isinstance(old, WebSocketClient):
-    old.stop()  # or it would go on without a name
+    old.stop()  # or nothing could stop it any more
 client = NotebookClient(URL)
 client.start()
 

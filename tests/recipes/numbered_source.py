@@ -6,8 +6,8 @@ It needs only Tornado, and a client whose `on_message` takes numbers and None. T
 sample is its row number, counted from 0 after the header, and the epoch is the file's name. How
 many rows were sent is in a file beside it, prices.csv.count. To begin again, delete that one and
 give the CSV file another name. A row without a finite number (an empty line is one, too) is sent
-as null, so that the numbers stay right. Its limits: rows that were sent must never change, one
-server a file, and it survives a kill, but not always a power failure (it does not call fsync).
+as null, so that the numbers stay right. Its limits: rows that were sent must never change, and
+a file has one server. It survives a kill, but not always a power failure (it does not call fsync).
 """
 
 import argparse
@@ -92,9 +92,7 @@ async def main() -> None:
                 group.create_task(play(rows, count_file, options.interval / 1000))
                 await serve(make_app(Rows), options.port)
     except* (OSError, ValueError, csv.Error) as errors:
-        problem = errors
-    while isinstance(problem, BaseExceptionGroup):
-        problem = problem.exceptions[0]
+        problem = errors.exceptions[0]
     if problem:  # here, since an exit inside of except* would be put into a group as well
         parser.exit(1 if isinstance(problem, OSError) else 2, f"{parser.prog}: error: {problem}\n")
 

@@ -1,19 +1,19 @@
 """Follow the stream with the libraries websockets or websocket-client, resuming after a drop.
 
-You want it when your program speaks WebSocket already, and should not get Tornado as well. It needs
-nothing of client.py: copy it anywhere. Install one of the two, `pip install websockets` for an event
-loop, or `pip install websocket-client` for a thread that may block, and run
+You want it when your program speaks WebSocket already, and you do not want Tornado as well. It
+needs nothing of client.py: copy it anywhere. Install one of the two, `pip install websockets` for
+an event loop, or `pip install websocket-client` for a thread that may block, and run
 
     python -m tests.recipes.other_libraries websockets --url ws://localhost:8765/websocket
     python -m tests.recipes.other_libraries websocket-client --url ws://localhost:8765/websocket
 
-or `python other_libraries.py websockets`. Ctrl-C ends it. `Position` is the client's rule with
-nothing but the standard library, for any transport.
+or `python other_libraries.py websockets`. Ctrl-C ends it. `Position` is the client's rule for any
+transport, in the standard library alone.
 
 websockets closes the connection (1009) at a message of more than `max_size`, by default 1 MiB: after
 a drop, 1,000 samples (the server's `message_size`) of 1 kB come in one message, and come again for
-ever. So it is set to 10 MiB here, as much as client.py takes. A sample that is not 0 or 1 costs
-that sample, and one line says so.
+ever. So it is set to 10 MiB here, as much as client.py takes. A sample that is not 0 or 1 is left
+out, and one line says so.
 
 Its limit: `take` moves the position before your code has the samples. If your code fails then, end
 the program, or they are never counted.
@@ -48,7 +48,7 @@ class Position:
         return f"?epoch={self.epoch}&offset={self.offset}" if self.epoch else ""
 
     def take(self, frame: str | bytes) -> list[Any]:
-        """Move behind the message, and return those of its samples that are new."""
+        """Move past the message, and return those of its samples that are new."""
         try:
             message = json.loads(frame)
             epoch, offset, samples = message["epoch"], message["offset"], message["samples"]

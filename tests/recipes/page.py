@@ -30,7 +30,7 @@ Its limit: a script in a page sees no pings. After a silent loss of the network 
 until the browser gives the connection up.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 from tornado import ioloop, web
@@ -42,6 +42,8 @@ HERE = Path(__file__).parent
 
 async def main() -> None:
     """Sample and serve until cancelled."""
+    parser = argparse.ArgumentParser(description="Serve the stream and its page.")
+    parser.add_argument("port", type=int, nargs="?", default=8765, help="(%(default)s)")
     app = make_app()
     files = {"path": HERE, "default_filename": "page.html"}
     app.add_handlers(".*", [(r"/(|stream\.js)", web.StaticFileHandler, files)])
@@ -49,9 +51,9 @@ async def main() -> None:
     toss = lambda: WebSocketServer.send_message([coin.sample()])
     try:
         ioloop.PeriodicCallback(toss, 100).start()
-        await serve(app, int(sys.argv[1]) if sys.argv[1:] else 8765)
+        await serve(app, parser.parse_args().port)
     except (OSError, ValueError) as error:
-        sys.exit(f"usage: page.py [PORT]: {error}")
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

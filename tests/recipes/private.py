@@ -85,9 +85,9 @@ def main() -> None:
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.load_cert_chain(options.certificate, options.key)
         PrivateServer.token = token
+        run(serve_privately(options.address, options.port, context))
     except (OSError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-    run(serve_privately(options.address, options.port, context))
+        parser.exit(1 if isinstance(error, OSError) else 2, f"{parser.prog}: error: {error}\n")
 
 
 if __name__ == "__main__":

@@ -49,7 +49,9 @@ async def main() -> None:
         parser.error(str(error))
     app = make_app()
     app.add_handlers(".*", [("/", Page, {"relay": relay})])
-    await asyncio.gather(serve(app, 8766), relay.run())
+    async with asyncio.TaskGroup() as group:
+        group.create_task(relay.run())
+        await serve(app, 8766)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ processes while this runs.
 
 import argparse
 import asyncio
+import contextlib
 import sys
 
 from tornado import httpclient, websocket
@@ -20,9 +21,11 @@ async def main() -> str | None:
     parser.add_argument("p")
     parser.add_argument("--url", default="ws://localhost:8765/websocket", help="%(default)s")
     options = parser.parse_args()
+    if not options.url.startswith(("ws://", "wss://")):
+        parser.error("the URL must begin with ws:// or wss://")
     try:
         connection = await websocket.websocket_connect(options.url)
-    except (OSError, httpclient.HTTPClientError) as error:
+    except (OSError, ValueError, httpclient.HTTPClientError) as error:
         return f"cannot connect: {error}"
     await connection.write_message(f"{options.key} {options.p}")
     connection.close(1000)
@@ -34,4 +37,5 @@ async def main() -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(asyncio.run(main()))
+    with contextlib.suppress(KeyboardInterrupt):
+        sys.exit(asyncio.run(main()))

@@ -3,9 +3,9 @@
     python -m tests.recipes.slow_work --url ws://localhost:8765/websocket
 
 You want it when the work on a sample takes longer than the time between two. Replace `work`.
-Ctrl-C waits for the calls that run, not for all that wait. It needs only Tornado. Its limits:
-after an exception the samples of that part, up to four, come again, so `work` must be idempotent. Work of
-more than 10 s at a time lets a ping go unanswered: the server drops the client, which comes back.
+Ctrl-C waits for the calls that have begun, not for those that wait. It needs only Tornado. Its
+limits: after an exception up to four samples come again, so `work` must be idempotent. While `work`
+takes more than 10 s, a ping goes unanswered: the server drops the client, which comes back.
 """
 
 import asyncio

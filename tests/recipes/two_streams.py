@@ -1,16 +1,15 @@
 """Two streams in one server, each with its own URL, epoch and history.
 
     python -m tests.recipes.two_streams
+    python client.py
+    python client.py --url ws://localhost:8765/rare
 
-It prints both URLs; give one of them to client.py as --url. It needs only Tornado. Its limit:
-`max_clients` is for both streams together.
+It needs only Tornado. Its limit: `max_clients` is for both streams together.
 """
 
 from tornado import ioloop
 
 from server import RandomBernoulli, WebSocketServer, make_app, run, serve
-
-PORT = 8765
 
 
 class Usual(WebSocketServer):
@@ -30,8 +29,7 @@ async def main() -> None:
     app = make_app(Usual)
     app.add_handlers(".*", [("/rare/?", Rare)])
     ioloop.PeriodicCallback(toss, 100).start()
-    print(f"ws://localhost:{PORT}/rare", flush=True)
-    await serve(app, PORT)
+    await serve(app)
 
 
 if __name__ == "__main__":
