@@ -1,13 +1,17 @@
-"""What the recipes promise: each is run as a program beside copies of the two scripts."""
+"""The recipes that need no more than Tornado, alone and as programs; and what runs all of them.
+
+Recipes with a state in a file, for browsers, or with other libraries are in the modules beside it.
+"""
 
 import asyncio
-import contextlib
 import datetime
+import functools
 import importlib.util
 import itertools
 import math
 import os
 import random
+import re
 import signal
 import statistics
 import subprocess
@@ -15,9 +19,9 @@ import sys
 import tempfile
 import threading
 import unittest
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest
@@ -31,65 +35,76 @@ from tests.recipes import (
     json_samples,
     listening_server,
     mean_variance,
-    private,
     relay,
     slow_work,
 )
-from tests.support import (
-    ROOT,
-    TIMEOUT,
-    PairCase,
-    Recorder,
-    first_line,
-    free_port,
-    fresh_server,
-    until,
-)
+from tests.support import ROOT, TIMEOUT, PairCase, Recorder, free_port, fresh_server, until
+
+RECIPES = ROOT / "tests" / "recipes"
+URL = "ws://127.0.0.1:9/websocket"  # for clients that never start
+
+test = gen_test(timeout=20 * TIMEOUT)  # until() fails earlier, and says where
+
+
+class Program(subprocess.Popen[bytes]):
+    """A program with its two outputs in files."""
+
+    def __init__(self, command: Iterable[object], folder: Path, cwd: Path) -> None:
+        new = functools.partial(tempfile.NamedTemporaryFile, dir=folder, delete=False)
+        with new() as out, new() as err:
+            super().__init__([*map(str, command)], stdout=out, stderr=err, cwd=cwd)
+        self.out, self.err = Path(out.name), Path(err.name)
+
+    async def line(self, number: int = 0) -> str:
+        """Return a line that the program prints, once it is complete."""
+        await until(lambda: self.poll() is not None or self.out.read_text().count("\n") > number)
+        lines = self.out.read_text().splitlines()
+        assert len(lines) > number, f"the program has ended: {self.err.read_text()}"
+        return lines[number]
 
 
 class RecipeCase(PairCase):
     """A test that runs recipes as programs."""
 
+    warnings: ClassVar[list[str]] = ["-W", "error"]
+
     def setUp(self) -> None:
         super().setUp()
         self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
-        self.log = self.folder / "log"  # what the last program wrote to standard error
+        self.path = self.folder / "my file"
 
-    @contextlib.contextmanager
-    def program(self, name: str, *options: str, port: int = 0) -> Iterator[subprocess.Popen[str]]:
-        """Run a recipe beside copies of the two scripts, on a free port instead of 8765 or 8766."""
-        for source in ("server.py", "client.py", f"tests/recipes/{name}.py"):
-            text = (ROOT / source).read_text(encoding="utf-8")
-            text = text.replace("8765", str(port)).replace("8766", "0")
-            (self.folder / Path(source).name).write_text(text, encoding="utf-8")
-        command = [sys.executable, "-W", "error", str(self.folder / f"{name}.py"), *options]
-        pipe = subprocess.PIPE
-        # From another folder: a recipe finds what it needs beside itself.
-        with (
-            self.log.open("w") as log,
-            subprocess.Popen(
-                command, stdout=pipe, stderr=log, text=True, cwd=self.folder.parent
-            ) as process,
-        ):
-            try:
-                yield process
-            finally:
-                process.kill()
+    def start(self, name: str, *options: object, port: int | None = None) -> Program:
+        """Run a recipe from the root; or a copy beside the scripts, with this port as its own."""
+        command, cwd = ["-m", f"tests.recipes.{name}"], ROOT
+        if port is not None:
+            copies = Path(tempfile.mkdtemp(dir=self.folder))
+            for path in ROOT / "server.py", ROOT / "client.py", *RECIPES.glob("*.*"):
+                text = re.sub("876[56]", str(port), path.read_text(encoding="utf-8"))
+                (copies / path.name).write_text(text, encoding="utf-8")
+            command, cwd = [str(copies / f"{name}.py")], self.folder
+        python = [sys.executable, *self.warnings]
+        program = Program([*python, *command, *options], self.folder, cwd)
+        self.addCleanup(program.wait)
+        self.addCleanup(program.kill)  # which is called before
+        return program
 
-    async def line(self, process: subprocess.Popen[str]) -> str:
-        """Read a program's next line while the event loop goes on."""
-        return await asyncio.to_thread(first_line, process)
+    async def ended(self, program: Program) -> tuple[int, str]:
+        """Return the status of a program that ends by itself, and its log."""
+        await until(lambda: program.poll() is not None)
+        return program.returncode, program.err.read_text()
 
-    async def interrupt(self, process: subprocess.Popen[str]) -> None:
-        """Press Ctrl-C, and check that the program ends quietly."""
-        process.send_signal(signal.SIGINT)
-        self.assertEqual(await asyncio.to_thread(process.wait, TIMEOUT), 0)
-        self.assertNotIn("Traceback", self.log.read_text())
+    async def interrupt(self, *programs: Program) -> None:
+        """Press Ctrl-C, and check that each program ends quietly."""
+        for program in programs:
+            program.send_signal(signal.SIGINT)
+            status, log = await self.ended(program)
+            self.assertEqual(status, 0, log)
+            self.assertNotRegex(log, "Traceback|Exception ignored")
 
-    async def goodbye(self, process: subprocess.Popen[str], recorder: Recorder) -> None:
+    async def goodbye(self, program: Program, recorder: Recorder) -> None:
         """Press Ctrl-C, and check that the client of the stream is told."""
         with self.assertLogs("client", "WARNING") as logged:
-            await self.interrupt(process)
+            await self.interrupt(program)
             await until(lambda: logged.output)
             recorder.stop()
         self.assertIn("closed by the server: 1001 'going away'", logged.output[0])
@@ -101,27 +116,100 @@ class RecipeCase(PairCase):
         return client
 
 
-class UsageTests(unittest.TestCase):
-    """All recipes that take arguments."""
+class UsageTests(RecipeCase):
+    """All recipes that take arguments, and the one that is no program."""
 
-    def test_missing_argument(self) -> None:
-        """From the root, a recipe without its arguments says how it is used, with status 2."""
-        for name in ("growing_file", "set_p", "private", "private client"):
-            command = [sys.executable, "-m", *f"tests.recipes.{name}".split()]
+    @test
+    async def test_missing_argument(self) -> None:
+        """A recipe without its arguments says how it is used, with status 2."""
+        for command in (
+            *("growing_file", "numbered_source FILE", "checkpoint", "changing_coin"),
+            *("set_p KEY", "other_libraries", "private", "private client", "private server CERT"),
+        ):
+            with self.subTest(command):
+                status, log = await self.ended(self.start(*command.split()))
+                self.assertEqual(status, 2)
+                self.assertRegex(log, r"\Ausage: .*\n(.*\n)*.*: error: .*required: .*\n\Z")
+
+    @test
+    async def test_wrong_argument(self) -> None:
+        """A port, a URL or a file that cannot be right is one line of error, and no traceback."""
+        for command, words in (
+            ("page 99999", "port from 0 to 65535"),
+            ("events x", "invalid int value"),
+            ("relay --url http://localhost", "not a URL"),
+            ("set_p KEY 1 --url http://localhost", "must begin with ws://"),
+            (f"growing_file {self.folder}", "Is a directory"),
+        ):
+            with self.subTest(command):
+                status, log = await self.ended(self.start(*command.split()))
+                self.assertIn(status, (1, 2))
+                self.assertRegex(log, rf"\A(usage: .*\n)?.*: error: .*{words}.*\n\Z")
+
+    @test
+    async def test_notebook(self) -> None:
+        """The notebook, run as a program, says what it is for."""
+        status, log = await self.ended(self.start("notebook"))
+        self.assertEqual(status, 1)
+        self.assertRegex(log, r"\AIn a notebook: a picture")
+
+
+class ServerTests(RecipeCase):
+    """All servers that need no more than Tornado."""
+
+    @test
+    async def test_feeds_a_client_and_says_goodbye(self) -> None:
+        """From the root or copied, it feeds a client, which is told at Ctrl-C that it goes away."""
+        self.path.write_text("price\n10\n\n12\n")
+        changing = "changing_coin server --p=0 --then=1 --after=5 --interval=1 --port=0"
+        coin: Callable[[list[Any]], bool] = lambda samples: {*samples} <= {0, 1}
+        check: Callable[[list[Any]], bool]
+        for command, port, check in (
+            (["blocking_source"], 0, lambda samples: abs(samples[0] - 20) < 10),  # 20 sds
+            (changing.split(), None, lambda samples: samples[:10] == [0] * 5 + [1] * 5),
+            (["numbered_source", self.path, "price"], 0, lambda samples: samples == [10, None, 12]),
+            (["page"], 0, coin),
+            (["page", 0], None, coin),
+            (["events"], 0, coin),
+            (["events", 0], None, coin),
+            (["two_streams"], 0, coin),
+        ):
+            with self.subTest(command):
+                name, *options = command
+                program = self.start(str(name), *options, port=port)
+                recorder = self.recorder(await program.line())
+                least = {"blocking_source": 2, "numbered_source": 3}.get(str(name), 10)
+                await until(lambda: len(recorder.samples) >= least)  # noqa: B023
+                self.assertTrue(check(recorder.samples), recorder.samples)
+                await self.goodbye(program, recorder)
+
+
+class TakenPortTests(RecipeCase):
+    """All servers, when another program has their port."""
+
+    warnings: ClassVar[list[str]] = []  # Tornado leaves a socket open when its port is taken
+
+    @test
+    async def test_is_one_line(self) -> None:
+        """The program ends with status 1 and one line, and has served nobody."""
+        self.path.write_text("price\n10\n")
+        self.enterContext(mock.patch.dict(os.environ, {"TOKEN": "t0ken"}))
+        for name, *options in (
+            *(["growing_file", self.path], ["numbered_source", self.path, "price"]),
+            *(["blocking_source"], ["two_streams"], ["json_samples"], ["listening_server"]),
+            *(["page"], ["events"], ["relay"], ["changing_coin", "server"]),
+        ):
             with self.subTest(name):
-                done = subprocess.run(
-                    command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=60
-                )
-                self.assertEqual((done.returncode, done.stdout), (2, ""))
-                self.assertRegex(done.stderr, r"\Ausage: .*\n(.*\n)*.*: error: .*required")
+                program = self.start(str(name), *options, port=self.port)
+                status, log = await self.ended(program)
+                self.assertEqual(status, 1)
+                self.assertRegex(log, rf"\Acannot listen on localhost:{self.port}: .*\n\Z")
+                self.assertNotIn("ws://", program.out.read_text())
+        self.assertFalse(self.path.with_name("my file.count").exists())
 
 
 class GrowingFileTests(RecipeCase):
     """growing_file.py."""
-
-    def setUp(self) -> None:
-        super().setUp()
-        self.path = self.folder / "measurements.txt"
 
     def append(self, data: bytes) -> None:
         """Write to the end of the file."""
@@ -159,7 +247,7 @@ class GrowingFileTests(RecipeCase):
     def test_replaced(self) -> None:
         """A file that was renamed is read to its end, then the one that took its name."""
         lines = self.begin(b"old\n")
-        renamed = self.path.rename(self.folder / "measurements.1")
+        renamed = self.path.rename(self.folder / "renamed")
         self.assertEqual(next(lines), [])
         self.path.touch()  # the writer has not opened it yet
         self.assertEqual(next(lines), [])
@@ -176,23 +264,23 @@ class GrowingFileTests(RecipeCase):
         self.append(b"first\n\xff\n")
         self.assertEqual(next(lines), ["first", "\ufffd"])
 
-    @gen_test
+    @test
     async def test_program(self) -> None:
-        """The lines come to a client, which is told at Ctrl-C."""
+        """The lines come to a client, a blank one too, and the client is told at Ctrl-C."""
         self.append(b"before\n")
-        with self.program("growing_file", str(self.path)) as process:
-            samples = (recorder := self.recorder(await self.line(process))).samples
-            await until(lambda: recorder.epoch)
-            self.append(b"1\r\n\n2\n")
-            await until(lambda: len(samples) == 3)
-            self.assertEqual(samples, ["1", "", "2"])
-            await self.goodbye(process, recorder)
+        program = self.start("growing_file", self.path, port=0)
+        recorder = self.recorder(await program.line())
+        await until(lambda: recorder.epoch)
+        self.append(b"1\r\n\n2\n")
+        await until(lambda: len(recorder.samples) == 3)
+        self.assertEqual(recorder.samples, ["1", "", "2"])
+        await self.goodbye(program, recorder)
 
 
 class BlockingSourceTests(RecipeCase):
     """blocking_source.py."""
 
-    @gen_test
+    @test
     async def test_failed_reading(self) -> None:
         """A reading that fails, or is no JSON, is a line in the log, and the next one follows."""
         readings: list[Any] = [1.5, TimeoutError("silent"), math.nan, {1}, 2.5]
@@ -221,98 +309,72 @@ class BlockingSourceTests(RecipeCase):
         self.assertEqual(len(logged.output), 3)
         self.assertIn("no sample: TimeoutError('silent')", logged.output[0])
 
-    @gen_test
-    async def test_program(self) -> None:
-        """Readings come, and Ctrl-C waits for the current one and tells the client."""
-        with self.program("blocking_source") as process:
-            recorder = self.recorder(await self.line(process))
-            await until(lambda: len(recorder.samples) > 1)
-            self.assertAlmostEqual(recorder.samples[0], 20, delta=10)  # 20 standard deviations
-            await self.goodbye(process, recorder)
 
-
-class MeanVarianceTests(RecipeCase):
-    """mean_variance.py."""
-
-    def setUp(self) -> None:
-        super().setUp()
-        self.client = mean_variance.NumberClient(self.url, 0.01)
+class ModelTests(RecipeCase):
+    """mean_variance.py and json_samples.py."""
 
     def test_known_answer(self) -> None:
         """1, 2, 3, 4 have mean 10/4 and variance (2.25 + 0.25 + 0.25 + 2.25)/3 = 5/3."""
-        self.assertTrue(math.isnan(self.client.model.variance))
-        self.client.on_message([1, 2])
-        self.client.on_message([3, "4"])  # such as a line of a file
-        self.assertAlmostEqual(self.client.model.mean, 10 / 4)
-        self.assertAlmostEqual(self.client.model.variance, 5 / 3)
+        client = mean_variance.NumberClient(self.url)
+        self.assertTrue(math.isnan(client.model.variance))
+        client.on_message([1, 2])
+        client.on_message([3, "4"])  # such as a line of a file
+        self.assertAlmostEqual(client.model.mean, 10 / 4)
+        self.assertAlmostEqual(client.model.variance, 5 / 3)
 
     def test_numbers_far_from_zero(self) -> None:
         """The result agrees with the statistics module where a sum of squares would not."""
-        dice = random.Random(1)
+        client, dice = mean_variance.NumberClient(self.url), random.Random(1)
         numbers = [1e9 + dice.gauss(0, 1) for _ in range(5_000)]
-        self.client.on_message(numbers)
-        variance = statistics.variance(numbers)
-        self.assertAlmostEqual(self.client.model.variance, variance, delta=1e-6)
-
-    @gen_test
-    async def test_refused_samples(self) -> None:
-        """What is no finite number costs that sample, with a count and one line."""
-        self.follow(self.client)
-        bad: list[Any] = ["", "n/a", "nan", "inf", "1e308", None, [], {}, 10**400]
-        with self.assertLogs("model", "WARNING") as logged:
-            self.server.send_message([1, *bad, 2])
-            await until(lambda: self.client.position == 11)
-        self.assertEqual(logged.output, ["WARNING:model:refused 9 samples, the first is ''"])
-        model = self.client.model
-        self.assertEqual((model.count, model.mean, self.client.refused), (2, 1.5, 9))
-
-    @gen_test
-    async def test_program(self) -> None:
-        """The program prints the model once a second."""
-        self.server.send_message([1, 2, "x", 3, 4])
-        with self.program("mean_variance", "--url", self.url) as process:
-            while (printed := await self.line(process)).startswith("0"):
-                pass
-            expected = "4 samples  mean 2.5  variance 1.66667  missed 0  refused 1"
-            self.assertEqual(printed, expected)
-            await self.interrupt(process)
-
-
-class JsonSamplesTests(RecipeCase):
-    """json_samples.py."""
+        client.on_message(numbers)
+        self.assertAlmostEqual(client.model.variance, statistics.variance(numbers), delta=1e-6)
 
     def test_refused_samples(self) -> None:
-        """What is no measurement costs that sample, with a count and one line."""
-        client = json_samples.Thermometers(self.url)
-        bad: list[Any] = [1, [], {}, {"place": "roof"}, {"place": 1, "celsius": 1}]
-        with self.assertLogs("model", "WARNING") as logged:
-            client.on_message([*bad, {"place": "roof", "celsius": 15, "more": None}])
-        self.assertEqual(logged.output, ["WARNING:model:refused 5 samples, the first is 1"])
-        self.assertEqual((client.newest, client.refused), (("roof", 15), 5))
+        """What a model cannot take costs that sample, with a count and one line."""
+        number, thermometer = mean_variance.NumberClient(URL), json_samples.Thermometers(URL)
+        places = [1, [], {}, {"place": "roof"}, {"place": 1, "celsius": 1}]
+        bad: list[Any] = ["", "n/a", "nan", "inf", "1e308", None, [], {}, 10**400]
+        for client, samples, words in (
+            (number, [1, *bad, 2], "refused 9 samples, the first is ''"),
+            (thermometer, [*places, {"place": "roof", "celsius": 15}], "refused 5 .* first is 1"),
+        ):
+            with self.assertLogs("model", "WARNING") as logged:
+                client.on_message(samples)
+            self.assertRegex("\n".join(logged.output), rf"\AWARNING:model:{words}\Z")
+        self.assertEqual((number.model.count, number.model.mean, number.refused), (2, 1.5, 9))
+        self.assertEqual((thermometer.newest, thermometer.refused), (("roof", 15), 5))
 
-    @gen_test
-    async def test_program(self) -> None:
+    @test
+    async def test_mean_variance(self) -> None:
+        """The program prints the model once a second, and ends quietly at Ctrl-C."""
+        self.server.send_message([1, 2, "x", 3, 4])
+        program = self.start("mean_variance", "--url", self.url)
+        expected = "4 samples  mean 2.5  variance 1.66667  missed 0  refused 1\n"
+        await until(lambda: expected in program.out.read_text())
+        await self.interrupt(program)
+
+    @test
+    async def test_json_samples(self) -> None:
         """The client of the program shows what its server has sent, and another gets the same."""
-        with self.program("json_samples", port=free_port()) as process:
-            recorder = self.recorder(await self.line(process))
-            while (shown := await self.line(process)) == "None":
-                pass
-            await until(lambda: recorder.samples)
-            self.assertIn(shown, [str((s["place"], s["celsius"])) for s in recorder.samples])
-            await self.goodbye(process, recorder)
+        program = self.start("json_samples", port=free_port())
+        recorder = self.recorder(await program.line())
+        await until(lambda: "', " in program.out.read_text() and recorder.samples)
+        (shown, *_) = re.findall(r"\(.*\)", program.out.read_text())
+        self.assertIn(shown, [str((s["place"], s["celsius"])) for s in recorder.samples])
+        await self.goodbye(program, recorder)
 
 
 class SlowWorkTests(RecipeCase):
     """slow_work.py."""
 
-    def start(self, work: Any) -> slow_work.SlowClient:
+    def begin(self, work: Any) -> slow_work.SlowClient:
         """Follow the stream in a thread, with this work on each sample."""
         self.enterContext(mock.patch.object(slow_work, "work", work))
         client = slow_work.SlowClient(self.url, 0.01)
         client.start()
         return client
 
-    @gen_test
+    @test
     async def test_stops_after_the_calls_that_run(self) -> None:
         """After `stop` no call begins, and the next `start` goes on with the first undone sample."""
         begun: list[int] = []
@@ -327,7 +389,7 @@ class SlowWorkTests(RecipeCase):
 
         self.server.send_message([*range(240)])
         with self.assertLogs("work", "INFO") as logged:
-            client = self.start(work)
+            client = self.begin(work)
             await until(lambda: len(begun) == 8)
             stopping = asyncio.ensure_future(asyncio.to_thread(client.stop))
             await until(lambda: client.stopping)
@@ -337,11 +399,10 @@ class SlowWorkTests(RecipeCase):
             client.start()
             await until(lambda: client.position == 240)
             await asyncio.to_thread(client.stop)
-        self.assertEqual(
-            [record.getMessage() for record in logged.records], [*map(str, range(240))]
-        )
+        results = [record.getMessage() for record in logged.records]
+        self.assertEqual(results, [*map(str, range(240))])
 
-    @gen_test
+    @test
     async def test_work_that_fails(self) -> None:
         """After an exception the samples of that part come again, and those before do not."""
         tried: list[int] = []
@@ -354,60 +415,59 @@ class SlowWorkTests(RecipeCase):
 
         self.server.send_message([*range(10)])
         with self.assertLogs() as logged:
-            client = self.start(work)
+            client = self.begin(work)
             await until(lambda: client.position == 10 and 9 in tried)
             await asyncio.to_thread(client.stop)
         self.assertEqual((tried.count(0), tried.count(5)), (1, 2))
         results = [record.getMessage() for record in logged.records if record.name == "work"]
         self.assertEqual((results, client.missed), ([*map(str, range(10))], 0))
 
-    @gen_test
+    @test
     async def test_program(self) -> None:
         """Results are in the log, and Ctrl-C closes the connection."""
         self.server.send_message([*range(240)])
-        with self.program("slow_work", "--url", self.url) as process:
-            await until(lambda: "3 is done" in self.log.read_text())
-            (handler,) = self.server.clients
-            await self.interrupt(process)
-            await until(lambda: not self.server.clients)
-            self.assertEqual(handler.close_code, 1000)
-            self.assertNotIn("100 is done", self.log.read_text())
+        program = self.start("slow_work", "--url", self.url)
+        await until(lambda: "3 is done" in program.err.read_text())
+        (handler,) = self.server.clients
+        await self.interrupt(program)
+        await until(lambda: not self.server.clients)
+        self.assertEqual(handler.close_code, 1000)
+        self.assertNotIn("100 is done", program.err.read_text())
 
 
 class RelayTests(RecipeCase):
     """relay.py."""
 
-    @gen_test
+    @test
     async def test_program(self) -> None:
         """The posterior is a stream and a page, and stays as it is when the first server restarts."""
-        with self.program("relay", "--url", self.url) as process:
-            url = await self.line(process)
-            results = self.recorder(url)
-            await until(lambda: results.epoch and self.server.clients)
-            self.server.send_message([1, 1, 0])
-            await until(lambda: results.samples)
-            await self.restart()
-            self.server.send_message([1])
-            await until(lambda: len(results.samples) == 2)
-            page = await AsyncHTTPClient().fetch(url.replace("ws:", "http:")[: -len("websocket")])
-            self.assertEqual(page.body, b"Beta(4, 2)  mean 0.6667  sd 0.1782")
-            self.assertEqual(page.headers["Refresh"], "1")
-            self.assertEqual([sample["trials"] for sample in results.samples], [3, 4])
-            self.assertAlmostEqual(results.samples[-1]["sd"], math.sqrt(8 / 252))
-            self.assertNotEqual(results.epoch, self.server.epoch)
-            await self.goodbye(process, results)
+        program = self.start("relay", "--url", self.url, port=0)
+        results = self.recorder(url := await program.line())
+        await until(lambda: results.epoch and self.server.clients)
+        self.server.send_message([1, 1, 0])
+        await until(lambda: results.samples)
+        await self.restart()
+        self.server.send_message([1])
+        await until(lambda: len(results.samples) == 2)
+        page = await AsyncHTTPClient().fetch(url.replace("ws:", "http:")[: -len("websocket")])
+        self.assertEqual(page.body, b"Beta(4, 2)  mean 0.6667  sd 0.1782")
+        self.assertEqual(page.headers["Refresh"], "1")
+        self.assertEqual([sample["trials"] for sample in results.samples], [3, 4])
+        self.assertAlmostEqual(results.samples[-1]["sd"], math.sqrt(8 / 252))
+        self.assertNotEqual(results.epoch, self.server.epoch)
+        (handler,) = self.server.clients
+        await self.goodbye(program, results)
+        self.assertEqual(handler.close_code, 1000)
 
-    @gen_test
+    @test
     async def test_sample_that_is_no_json(self) -> None:
         """A result that cannot be sent changes nothing: no sample is counted twice."""
         now: list[Any] = [datetime.datetime(2026, 1, 1)] * 3
         summary = lambda posterior: {"time": now.pop() if now else 0, "posterior": [*posterior]}
         results = fresh_server()
-        client = relay.Relay(self.url, 0.01)
-        self.enterContext(mock.patch.object(relay, "WebSocketServer", results))
-        self.enterContext(mock.patch.object(relay, "summary", summary))
+        self.enterContext(mock.patch.multiple(relay, WebSocketServer=results, summary=summary))
         with self.assertLogs("client", "WARNING"):
-            self.follow(client)
+            self.follow(relay.Relay(self.url, 0.01))
             self.server.send_message([1, 1, 0])
             await until(lambda: results.history)
         self.assertEqual(results.history, [{"time": 0, "posterior": [3, 2]}])
@@ -416,7 +476,7 @@ class RelayTests(RecipeCase):
 class ListeningServerTests(RecipeCase):
     """listening_server.py and set_p.py."""
 
-    @gen_test
+    @test
     async def test_refused(self) -> None:
         """A message of the wrong type, key or range is refused with its reason, and changes nothing."""
         handler = fresh_server(listening_server.ListeningServer)
@@ -439,45 +499,37 @@ class ListeningServerTests(RecipeCase):
                 self.assertIs(listening_server.ListeningServer.coin, coin)
         await until(lambda: not handler.clients)
 
-    @gen_test
+    @test
     async def test_both_programs(self) -> None:
         """The client sets p to 0, and from then on every client gets 0s only; a stranger does not."""
-        with self.program("listening_server") as process:
-            key, url = await self.line(process), await self.line(process)
-            recorder = self.recorder(url)
-            set_p = [sys.executable, "-W", "error", "-m", "tests.recipes.set_p", "--url", url]
-            for arguments, status, told in [
-                (["a-guess", "1"], 1, "refused: 1008 wrong key\n"),
-                ([key, "-0.1"], 1, "refused: 1007 p must be a number from 0 to 1\n"),
-                ([key, "0"], 0, ""),
-            ]:
-                done = await asyncio.to_thread(
-                    subprocess.run,
-                    [*set_p, *arguments],
-                    check=False,
-                    cwd=ROOT,
-                    capture_output=True,
-                    text=True,
-                )
-                self.assertEqual((done.returncode, done.stderr), (status, told))
-            # By chance, with p = 0.72, that would come about once in 10 ** 11 times.
-            await until(lambda: recorder.samples[-20:] == [0] * 20)
-            await self.goodbye(process, recorder)
+        program = self.start("listening_server", port=0)
+        key, url = await program.line(), await program.line(1)
+        recorder = self.recorder(url)
+        for arguments, told in [
+            (["a-guess", "1"], (1, "refused: 1008 wrong key\n")),
+            ([key, "-0.1"], (1, "refused: 1007 p must be a number from 0 to 1\n")),
+            ([key, "0"], (0, "")),
+        ]:
+            self.assertEqual(await self.ended(self.start("set_p", "--url", url, *arguments)), told)
+        # By chance, with p = 0.72, that would come about once in 10 ** 11 times.
+        await until(lambda: recorder.samples[-20:] == [0] * 20)
+        await self.goodbye(program, recorder)
 
 
 class TwoStreamsTests(RecipeCase):
     """two_streams.py."""
 
-    @gen_test
+    @test
     async def test_program(self) -> None:
-        """Each URL that is printed leads to a stream of its own."""
-        with self.program("two_streams", port=free_port()) as process:
-            rare, usual = [self.recorder(await self.line(process)) for _ in range(2)]
-            await until(lambda: min(len(rare.samples), len(usual.samples)) >= 50)
-            self.assertNotEqual(rare.epoch, usual.epoch)
-            # The means of 50 samples are 0.05 and 0.72, each with an sd below 0.07.
-            self.assertLess(statistics.fmean(rare.samples) + 0.2, statistics.fmean(usual.samples))
-            await self.goodbye(process, usual)
+        """Each of the two URLs leads to a stream of its own."""
+        program = self.start("two_streams", port=0)
+        usual = self.recorder(url := await program.line())
+        rare = self.recorder(url.replace("websocket", "rare"))
+        await until(lambda: min(len(rare.samples), len(usual.samples)) >= 50)
+        self.assertNotEqual(rare.epoch, usual.epoch)
+        # The means of 50 samples are 0.05 and 0.72, each with an sd below 0.07.
+        self.assertLess(statistics.fmean(rare.samples) + 0.2, statistics.fmean(usual.samples))
+        await self.goodbye(program, usual)
 
 
 @unittest.skipUnless(importlib.util.find_spec("trustme"), "needs trustme: see requirements.txt")
@@ -490,46 +542,60 @@ class PrivateTests(RecipeCase):
 
         authority = trustme.CA()
         certificate = authority.issue_cert("localhost", "127.0.0.1")
-        self.key, self.certificate = self.folder / "key.pem", self.folder / "cert.pem"
-        certificate.private_key_pem.write_to_path(str(self.key))
-        certificate.cert_chain_pems[0].write_to_path(str(self.certificate))
-        authority.cert_pem.write_to_path(str(self.certificate.with_suffix(".ca")))
+        self.authority, self.certificate, self.key = [
+            str(self.folder / name) for name in ("ca.pem", "cert.pem", "key.pem")
+        ]
+        authority.cert_pem.write_to_path(self.authority)
+        certificate.cert_chain_pems[0].write_to_path(self.certificate)
+        certificate.private_key_pem.write_to_path(self.key)
+        self.enterContext(mock.patch.dict(os.environ, {"TOKEN": "t0ken\n"}))
 
-    @gen_test
-    async def test_program(self) -> None:
+    @test
+    async def test_both_programs(self) -> None:
         """Only who has the token gets the stream, and neither side logs a token."""
-        token, authority = "t0ken-" + "x" * 20, str(self.certificate.with_suffix(".ca"))
-        files = [str(self.certificate), str(self.key)]
-        self.enterContext(mock.patch.dict(os.environ, {"TOKEN": token + "\n"}))
-        with self.program("private", "server", *files, "--port", "0") as process:
-            url = await self.line(process)
-            self.assertRegex(url, "^wss://")
-            for headers, reason in [
-                ([], "no token"),
-                ([f"Bearer {token}x"], "wrong token"),
-                ([token], "wrong token"),
-                ([f"Bearer {token}\u00e9"], "wrong token"),
-                ([f"Bearer {token}"] * 2, "more than one token"),
-            ]:
-                request = HTTPRequest(url, ca_certs=authority)
-                for header in headers:
-                    request.headers.add("Authorization", header)
-                with self.subTest(reason), self.assertRaises(HTTPClientError) as refused:
-                    await websocket_connect(request)
-                self.assertEqual((refused.exception.code, refused.exception.message), (401, reason))
-            client = private.PrivateClient(url, token, authority, 0.01)
-            with self.assertLogs("client", "INFO") as logged:
-                self.follow(client)
-                await until(lambda: client.position > 2)
-                client.stop()
-                await self.interrupt(process)
-        self.assertNotIn("t0ken", self.log.read_text() + "".join(logged.output))
-        self.assertIn("401 GET", self.log.read_text())
+        server = self.start("private", "server", self.certificate, self.key, "--port", 0)
+        url = await server.line()
+        self.assertRegex(url, "^wss://")
+        for headers, reason in [
+            ([], "no token"),
+            (["Bearer t0kenx"], "wrong token"),
+            (["t0ken"], "wrong token"),
+            (["Bearer t0ken\u00e9"], "wrong token"),
+            (["Bearer t0ken"] * 2, "more than one token"),
+        ]:
+            request = HTTPRequest(url, ca_certs=self.authority)
+            for header in headers:
+                request.headers.add("Authorization", header)
+            with self.subTest(reason), self.assertRaises(HTTPClientError) as refused:
+                await websocket_connect(request)
+            self.assertEqual((refused.exception.code, refused.exception.message), (401, reason))
+        client = self.start("private", "client", self.authority, url)
+        os.environ["TOKEN"] = "t0ken-of-another"
+        stranger = self.start("private", "client", self.authority, url)
+        await until(lambda: re.search(r"Beta\(\d\d", client.out.read_text()))
+        await until(lambda: "HTTP 401: wrong token; next" in stranger.err.read_text())
+        await self.interrupt(server)
+        await until(lambda: "1001 'going away'" in client.err.read_text())
+        await self.interrupt(client, stranger)
+        for program in server, client, stranger:
+            self.assertNotIn("t0ken", program.out.read_text() + program.err.read_text())
+        self.assertIn("401 GET", server.err.read_text())
 
-    def test_unencrypted_url(self) -> None:
-        """The client refuses a ws:// URL before anything is sent."""
-        with self.assertRaisesRegex(ValueError, "wss://"):
-            private.PrivateClient("ws://localhost/websocket", "token", "cert.pem")
+    @test
+    async def test_refused_at_once(self) -> None:
+        """A ws:// URL, no token, or one that is no header: one line, before anything is sent."""
+        files = [self.certificate, self.key, "--port", 0]
+        for token, options, words in (
+            ("t0ken", ["client", self.authority, self.url], "must begin with wss://"),
+            ("", ["client", self.authority, self.url], "TOKEN must be set"),
+            ("t0 ken", ["server", *files], "TOKEN must be set"),
+            ("t\u00f6ken", ["server", *files], "TOKEN must be set"),
+        ):
+            with self.subTest(token), mock.patch.dict(os.environ, {"TOKEN": token}):
+                status, log = await self.ended(self.start("private", *options))
+                self.assertEqual(status, 2)
+                self.assertRegex(log, rf"\A.*: error: .*{words}.*\n\Z")
+        self.assertFalse(self.server.clients)
 
 
 if __name__ == "__main__":
