@@ -1,94 +1,57 @@
-"""The recipes with a state in a file go on where they were, whenever they are killed."""
+"""The recipes with a state in a file: they go on where they were, whenever they are killed.
+
+That each also ends quietly at Ctrl-C, and says how it is used, is in test_recipes.py.
+"""
 
 import asyncio
-import contextlib
 import io
 import json
 import math
 import random
-import socket
 import statistics
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
 from urllib.parse import urlsplit
 
 from tornado.ioloop import PeriodicCallback
-from tornado.testing import gen_test
 
 from client import BetaBinomial
 from tests.recipes import numbered_source
 from tests.recipes.checkpoint import Checkpointed
-from tests.support import ROOT, TIMEOUT, PairCase, Recorder, first_line, fresh_server, until
-
-URL = "ws://127.0.0.1:9/websocket"  # for clients that never start
-
-
-@contextlib.contextmanager
-def recipe(name: str, log: Path, *options: object) -> Iterator[subprocess.Popen[str]]:
-    """Run a recipe as a user would, with its log in a file; kill it at the end."""
-    command = [sys.executable, "-W", "error", "-m", f"tests.recipes.{name}", *map(str, options)]
-    pipes: Any = {"stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
-    with log.open("a") as errors, subprocess.Popen(command, stderr=errors, **pipes) as process:
-        try:
-            yield process
-        finally:
-            process.kill()  # SIGKILL
+from tests.support import Recorder, fresh_server, until
+from tests.test_recipes import URL, RecipeCase, test
 
 
-class StateCase(PairCase):
+class CheckpointTests(RecipeCase):
     attributes: ClassVar[dict[str, Any]] = {"history_size": 10**6}
 
-    def setUp(self) -> None:
-        super().setUp()
-        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
-        self.log = self.folder / "log"
-        self.path = self.folder / "my file"
-        self.count = self.folder / "my file.count"
-
-    def refusal(self, name: str, *options: object) -> str:
-        """Run a recipe that must end at once, and return the one line that says why."""
-        # Without -W error: Tornado leaves a socket open when its port is taken.
-        command = [sys.executable, "-m", f"tests.recipes.{name}", *map(str, options)]
-        pipes: Any = {"capture_output": True, "text": True, "cwd": ROOT, "timeout": TIMEOUT}
-        done = subprocess.run(command, check=False, **pipes)
-        self.assertIn(done.returncode, (1, 2), done)
-        self.assertRegex(done.stderr, r"\A(.*: error: |cannot listen ).*\n\Z")
-        return str(done.stderr)
-
-
-class CheckpointTests(StateCase):
     def saved(self) -> Any:
         return json.loads(self.path.read_bytes()) if self.path.exists() else {"position": 0}
 
-    @gen_test
+    @test
     async def test_kills(self) -> None:
         """A client that is killed again and again counts as much as one that never stopped."""
         coin, chance = random.Random(9), random.Random(10)
-        staying = Recorder(self.url)
-        self.follow(staying)
+        staying = self.recorder(self.url)
         toss = lambda: self.server.send_message([int(coin.random() < 0.3)])
         feeding = PeriodicCallback(toss, 1)
         feeding.start()
         for _ in range(5):
             least = self.saved()["position"] + chance.randint(1, 50)
-            with recipe("checkpoint", self.log, self.path, "--url", self.url):
-                while self.saved()["position"] < least:
-                    await asyncio.sleep(0.005)
-                await asyncio.sleep(chance.random() / 20)  # any moment will do
+            client = self.start("checkpoint", self.path, "--url", self.url)
+            await until(lambda: self.saved()["position"] >= least)  # noqa: B023
+            await asyncio.sleep(chance.random() / 20)  # any moment will do
+            client.kill()  # SIGKILL
+            self.assertNotIn("Traceback", client.err())
         feeding.stop()
-        with recipe("checkpoint", self.log, self.path, "--url", self.url):
-            await until(lambda: self.saved()["position"] == self.server.end)
-        await until(lambda: staying.position == self.server.end)
+        client = self.start("checkpoint", self.path, "--url", self.url)
+        await client.line()  # it may have nothing left to count
+        await until(lambda: self.saved()["position"] == self.server.end == staying.position)
+        await self.interrupt(client)
         state = self.saved()
         self.assertEqual(state["posterior"], list(BetaBinomial().update(staying.samples)))
         self.assertEqual((state["missed"], state["refused"]), (0, 0))
-        self.assertNotIn("Traceback", self.log.read_text())
 
     def test_unsaved(self) -> None:
         """What could not be saved is not counted, and the checkpoint before it stays whole."""
@@ -114,19 +77,21 @@ class CheckpointTests(StateCase):
         self.assertEqual((again.epoch, again.position, again.refused), ("9f86d081", 5, 2))
         self.assertIn("refused 2", str(again))
 
-    def test_damaged(self) -> None:
+    @test
+    async def test_damaged(self) -> None:
         """A damaged checkpoint, or a place where none can be, is refused in one line."""
         Checkpointed(URL, self.path)
         wrong = {"epoch": 1, "position": -1, "missed": True, "refused": 0.5, "posterior": [0, 1]}
         damaged = [json.dumps(self.saved() | {name: wrong[name]}) for name in wrong]
         infinite = json.dumps(self.saved() | {"posterior": [1, math.inf]})
         for text in "", "{", "[]", "{}", "\0", infinite, *damaged:
-            with self.subTest(text=text):
+            with self.subTest(text):
                 self.path.write_text(text)
                 with self.assertRaisesRegex(ValueError, "is not a checkpoint"):
                     Checkpointed(URL, self.path)
-        self.assertIn("is not a checkpoint", self.refusal("checkpoint", self.path))
-        self.assertIn("No such file", self.refusal("checkpoint", self.folder / "no" / "x"))
+        for path, error in (self.path, "is not a checkpoint"), (self.path / "x", "Not a directory"):
+            _, log = await self.start("checkpoint", path).ended()
+            self.assertRegex(log, rf"\A.*: error: .*{error}.*\n\Z")
 
 
 class Volatility(Recorder):
@@ -143,8 +108,8 @@ class Volatility(Recorder):
             self.total, self.count, self.last = self.total + price, self.count + 1, price
 
 
-class NumberedSourceTests(StateCase):
-    @gen_test
+class NumberedSourceTests(RecipeCase):
+    @test
     async def test_kills(self) -> None:
         """While the server is killed in mid-file again and again, a client gets each row once."""
         chance = random.Random(11)
@@ -155,14 +120,16 @@ class NumberedSourceTests(StateCase):
         with self.assertLogs("client") as log:
             for more in [*(chance.randint(10, 60) for _ in range(5)), len(rows)]:
                 least = min(client.position + more, len(rows))  # slow before that: in mid-file
-                options = [self.path, "price", "--interval", 10 if least < len(rows) else 1]
-                with recipe("numbered_source", self.log, *options, "--port", port) as server:
-                    client.url = await asyncio.to_thread(first_line, server)
-                    port = urlsplit(client.url).port or 0  # the same one from now on
-                    if not self.following:
-                        self.follow(client)
-                    while client.position < least:
-                        await asyncio.sleep(0.005)
+                pace = ["--interval", 10 if least < len(rows) else 1]
+                server = self.start("numbered_source", self.path, "price", *pace, "--port", port)
+                client.url = await server.line()
+                port = urlsplit(client.url).port or 0  # the same one from now on
+                if not self.following:
+                    self.follow(client)
+                await until(lambda: client.position >= least)  # noqa: B023
+                server.kill()  # SIGKILL
+                server.wait()
+                self.assertNotIn("Traceback", server.err())
         self.assertEqual(client.samples, rows)
         self.assertEqual((client.epoch, client.missed), (self.path.name, 0))
         self.assertNotRegex(str(log.output), "began anew|HTTP 400")
@@ -171,13 +138,13 @@ class NumberedSourceTests(StateCase):
         parts = [0.06 * 0.94**age * step**2 for age, step in enumerate(reversed(steps))]
         self.assertAlmostEqual(client.total / client.count, statistics.fmean(prices), places=9)
         self.assertAlmostEqual(math.sqrt(client.variance), math.sqrt(sum(parts)), places=9)
-        self.assertNotIn("Traceback", self.log.read_text())
 
-    @gen_test
+    @test
     async def test_order(self) -> None:
         """Rows sent before are in the log before the server listens; a count is saved first."""
         self.path.write_bytes(b"\xef\xbb\xbfprice\n10\n\xff\n12\n13\n14\n")
-        self.count.write_text("3")
+        count = self.path.with_name("my file.count")
+        count.write_text("3")
         seen: list[tuple[Any, ...]] = []
 
         class Watched(fresh_server()):  # type: ignore[misc]
@@ -189,8 +156,8 @@ class NumberedSourceTests(StateCase):
         async def serve(*_: object) -> None:
             seen.append(("listens", Watched.end))
 
-        count, arguments = self.count, ["", str(self.path), "price", "--interval", "1"]
         names = mock.patch.multiple(numbered_source, Rows=Watched, serve=serve)
+        arguments = ["", str(self.path), "price", "--interval", "1"]
         with names, mock.patch("sys.argv", arguments):
             await numbered_source.main()
         sent = [(0, [10, None, 12], "3"), ("listens", 3), (3, [13], "4"), (4, [14], "5")]
@@ -200,21 +167,26 @@ class NumberedSourceTests(StateCase):
         """A row without a finite number is None, whatever is in it, and the others keep theirs."""
         bad = ["", "b", "b,", "b,x", "b,inf", "b,nan", "b,\ufffd", f"{'b' * 140_000},1", '"b\n,2",']
         for row in bad:
-            with self.subTest(row=row[:20]):
+            with self.subTest(row[:20]):
                 lines = io.StringIO(f'day,price\r\na,1\r\n{row}\r\n"c\r\n",3\r\n')
                 self.assertEqual([*numbered_source.read(lines, "price")], [1, None, 3])
 
-    def test_refusals(self) -> None:
-        """A wrong file, column, count or option, and a taken port: one line, and nothing changes."""
-        name = "numbered_source"
-        self.assertIn("No such file", self.refusal(name, self.path, "price"))
-        self.path.write_text("day,price\n1,10\n")
-        self.assertIn("no column 'prise'", self.refusal(name, self.path, "prise"))
-        self.assertIn("interval", self.refusal(name, self.path, "price", "--interval", 0))
-        with socket.create_server(("127.0.0.1", 0)) as taken:
-            port = taken.getsockname()[1]
-            self.assertIn("cannot listen", self.refusal(name, self.path, "price", "--port", port))
-        self.assertFalse(self.count.exists())
-        for text, words in ("x", "must hold a count"), ("2", "only 1 now"):
-            self.count.write_text(text)
-            self.assertIn(words, self.refusal(name, self.path, "price", "--port", 0))
+    @test
+    async def test_refusals(self) -> None:
+        """A wrong file, column, interval or count ends it with one line, and changes nothing."""
+        count = self.path.with_name("my file.count")
+        for column, interval, there, error in (
+            ("price", 1, None, "No such file"),
+            ("prise", 1, "0", "no column 'prise'"),
+            ("price", 0, "0", "interval"),
+            ("price", 1, "x", "must hold a count"),
+            ("price", 1, "2", "only 1 now"),
+        ):
+            with self.subTest(error):
+                if there:
+                    self.path.write_text("day,price\n1,10\n")
+                    count.write_text(there)
+                options = column, "--interval", interval, "--port", 0
+                _, log = await self.start("numbered_source", self.path, *options).ended()
+                self.assertRegex(log, rf"\A.*: error: .*{error}.*\n\Z")
+                self.assertEqual(count.read_text() if there else None, there)
