@@ -123,6 +123,7 @@ class ProgramTests(RecipeCase):
             (self.copy, ["numbered_source", self.path, "price"], 3, [10, None, 12].__eq__),
             (self.copy, ["page"], 5, {0, 1}.issuperset),
             (self.start, ["page", 0], 5, {0, 1}.issuperset),
+            (self.copy, ["fast_lane"], 5, {0, 1}.issuperset),
             (self.copy, ["events"], 5, {0, 1}.issuperset),
             (self.start, ["events", 0], 5, {0, 1}.issuperset),
         ):
@@ -141,6 +142,7 @@ class ProgramTests(RecipeCase):
             *(["growing_file", self.path], ["numbered_source", self.path, "price"]),
             *(["blocking_source"], ["two_streams"], ["json_samples"], ["listening_server"]),
             *(["page"], ["events"], ["relay"], ["changing_coin", "server"]),
+            ["fast_lane"],
         ):
             with self.subTest(command):
                 program = self.copy(*command, port=self.port)
@@ -481,3 +483,5 @@ class PrivateTests(RecipeCase):
         for program in server, client, stranger:
             self.assertNotIn("t0ken", program.out() + program.err())
         self.assertIn("401 GET", server.err())
+        taken = self.start("private", "server", certificate, key, "--port", self.port)
+        self.assertRegex((await taken.ended())[1], r"\Acannot listen on .*\n\Z")

@@ -260,6 +260,8 @@ class BrokerTests(RecipeCase):
     async def test_lost_consumer_and_purged_stream(self) -> None:
         """A server whose consumer the broker lost goes on; what was purged meanwhile is missed."""
         await self.start_broker()
+        taken = self.start("broker", "--broker", self.broker, "serve", self.port)
+        self.assertRegex((await taken.ended())[1], r"\Acannot listen on .*\n\Z")
         _, url = await self.serve_stream()
         client = self.recorder(url)
         for numbers in range(5), range(5, 20):

@@ -1,57 +1,63 @@
-"""The recipes for browsers: the page, and Server-Sent Events."""
+"""The recipes for browsers, in a real one and behind a real nginx: the page, and its events.
+
+That their servers feed a client of the stream and end quietly is in test_recipes.py.
+"""
 
 import asyncio
 import base64
-import functools
 import itertools
 import json
 import os
 import random
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
 import unittest
 from pathlib import Path
 from typing import Any, ClassVar
+from urllib.parse import urlsplit
 
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest
-from tornado.testing import gen_test
 from tornado.web import Application, RequestHandler, StaticFileHandler
 from tornado.websocket import WebSocketClientConnection, websocket_connect
 
 from client import WebSocketClient
 from tests.recipes import events, page
-from tests.support import ROOT, TIMEOUT, PairCase, accepts, free_port, until, wait_until
+from tests.support import TIMEOUT, accepts, free_port, until, wait_until
+from tests.test_recipes import RECIPES, Program, RecipeCase, test
 
 CHROMIUM = shutil.which("chromium")
 NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
-RECIPES = ROOT / "tests" / "recipes"
 
-test = gen_test(timeout=20 * TIMEOUT)  # until() fails earlier, and says where
 needs_chromium = unittest.skipUnless(CHROMIUM, "needs chromium: see tests/requirements.txt")
 needs_nginx = unittest.skipUnless(NGINX, "needs nginx: see tests/requirements.txt")
 
 
-class WebCase(PairCase):
+async def open_events(
+    address: str, last: str = ""
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Ask for the events, after the last one that came, and return the response by hand."""
+    host, port = address.split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    header = f"Last-Event-ID: {last}\r\n" if last else ""
+    writer.write(f"GET /events HTTP/1.1\r\nHost: localhost\r\n{header}\r\n".encode())
+    return reader, writer
+
+
+class WebCase(RecipeCase):
     """A test whose server also serves the page, and events of a stream of their own."""
 
     def listen(self, port: int = 0) -> None:
         """Serve what both recipes serve."""
         self.stream: type[events.EventStream] = type("FreshEvents", (events.EventStream,), {})
         super().listen(port)
-        application = self.http_server.request_callback
-        assert isinstance(application, Application)
-        application.add_handlers(".*", self.pages())
-        self.address = f"http://127.0.0.1:{self.port}"
-
-    def pages(self) -> list[Any]:
-        """Return the page for either stream, its script and the events."""
+        application: Any = self.http_server.request_callback
+        self.application: Application = application
         files = {"path": RECIPES, "default_filename": "page.html"}
-        handlers = ("/events.html", events.Page), ("/events", self.stream)
-        return [(r"/(|stream\.js)", StaticFileHandler, files), *handlers]
+        page = (r"/(|stream\.js)", StaticFileHandler, files)
+        with_events = ("/events.html", events.Page), ("/events", self.stream)
+        self.application.add_handlers(".*", [page, *with_events])
+        self.address = f"127.0.0.1:{self.port}"
 
     async def close(self) -> None:
         """Close the events, too."""
@@ -62,24 +68,17 @@ class WebCase(PairCase):
 
     async def nginx(self, location: str) -> str:
         """Start nginx with one location, and return its address."""
-        folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
-        port = free_port()
-        paths = "".join(
-            f"{name}_temp_path {folder}/{name};"
-            for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-        )
-        (folder / "nginx.conf").write_text(
-            f"daemon off; master_process off; pid {folder}/pid; events {{}}\n"
+        port, conf = free_port(), self.folder / "nginx.conf"
+        parts = "client_body", "proxy", "fastcgi", "uwsgi", "scgi"
+        paths = "".join(f"{part}_temp_path {self.folder}/{part};" for part in parts)
+        conf.write_text(
+            f"daemon off; master_process off; pid {self.folder}/pid; events {{}}\n"
             f"http {{ access_log off; {paths}\n"
             f"server {{ listen 127.0.0.1:{port}; {location} }} }}\n"
         )
-        options = f"-p {folder} -c {folder}/nginx.conf -e {folder}/log".split()
-        command = [str(NGINX), *options]
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)  # noqa: ASYNC220
-        self.addCleanup(process.wait)
-        self.addCleanup(process.kill)
+        self.program(NGINX, "-p", self.folder, "-c", conf, "-e", self.folder / "errors")
         await until(lambda: accepts(port))
-        return f"http://127.0.0.1:{port}"
+        return f"127.0.0.1:{port}"
 
 
 class Tab:
@@ -130,12 +129,8 @@ class ChromiumCase(WebCase):
         options = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run
             --disable-background-networking --disable-component-update --disable-sync
             --disable-dev-shm-usage --no-proxy-server --remote-debugging-port=0"""
-        chromium = subprocess.Popen(
-            [str(CHROMIUM), *options.split(), f"--user-data-dir={cls.profile}", "about:blank"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        profile = f"--user-data-dir={cls.profile}"
+        chromium = Program(cls.profile, CHROMIUM, *options.split(), profile, "about:blank")
         cls.addClassCleanup(chromium.wait)
         cls.addClassCleanup(chromium.terminate)
         wait_until(cls.devtools)
@@ -180,14 +175,12 @@ class ChromiumCase(WebCase):
 
 @needs_chromium
 class PageTests(ChromiumCase):
-    """The page of page.py."""
-
     @test
     async def test_shows_the_posterior_of_a_python_client(self) -> None:
         """The page shows the mean that a Python client has, and says that it is live."""
         client = WebSocketClient(self.url)
         self.follow(client)
-        tab = await self.browse(f"{self.address}/")
+        tab = await self.browse(f"http://{self.address}/")
         coin = random.Random(1)
         self.server.send_message([int(coin.random() < 0.72) for _ in range(200)])
         await until(lambda: client.position == 200)
@@ -201,7 +194,7 @@ class PageTests(ChromiumCase):
     @test
     async def test_knows_the_interval(self) -> None:
         """The flat prior has 0.025 to 0.975; Beta(2, 1), whose quantiles are roots, 0.158 to 0.987."""
-        tab = await self.browse(f"{self.address}/")
+        tab = await self.browse(f"http://{self.address}/")
         await tab.until("part('interval').textContent === '0.025 – 0.975'")
         self.server.send_message([1])
         await tab.until("part('interval').textContent === '0.158 – 0.987'")
@@ -210,7 +203,7 @@ class PageTests(ChromiumCase):
     async def test_resumes_counts_gaps_and_a_new_run(self) -> None:
         """After a drop it goes on where it was; it says what it missed; a new run counts too."""
         self.server.history_size = 10
-        tab = await self.browse(f"{self.address}/")
+        tab = await self.browse(f"http://{self.address}/")
         self.server.send_message([1, 0, 1, 1])
         await self.assert_shown(tab, 4, 3, 0)
         await tab.value("{const random = Math.random; Math.random = () => 0.5 + random() / 2}")
@@ -233,7 +226,7 @@ class PageTests(ChromiumCase):
     @test
     async def test_counts_an_overlap_once(self) -> None:
         """Where a message overlaps with the position, only the rest of it is counted."""
-        tab = await self.browse(f"{self.address}/")
+        tab = await self.browse(f"http://{self.address}/")
         await tab.until("epoch")
         self.server.send_message([1, 0])
         await self.assert_shown(tab, 2, 1, 0)
@@ -244,7 +237,7 @@ class PageTests(ChromiumCase):
     @test
     async def test_asks_again_for_what_it_could_not_count(self) -> None:
         """Samples at which the model raises are not counted, but asked for again."""
-        tab = await self.browse(f"{self.address}/")
+        tab = await self.browse(f"http://{self.address}/")
         await tab.until("epoch")
         await tab.value("{const count = onSamples; onSamples = () => {onSamples = count; throw 0}}")
         self.server.send_message([1, 0, 1])
@@ -253,7 +246,7 @@ class PageTests(ChromiumCase):
     @test
     async def test_doubles_the_wait_up_to_30_s(self) -> None:
         """The limit of the wait is doubled up to 30 s, and is 3 s again after a message."""
-        tab = await self.browse(f"{self.address}/")
+        tab = await self.browse(f"http://{self.address}/")
         await tab.until("epoch")
         limits = "Array.from({length: 6}, () => (again(() => 0, ''), limit))"
         self.assertEqual(await tab.value(limits), [6, 12, 24, 30, 30, 30])
@@ -264,17 +257,16 @@ class PageTests(ChromiumCase):
     @test
     async def test_works_under_a_path_behind_nginx(self) -> None:
         """With the location that page.py gives, the page follows the stream under /app/."""
-        match = re.search(r"location .*?\n    }", page.__doc__ or "", re.DOTALL)
-        assert match
-        location = match[0].replace("localhost:8765", f"127.0.0.1:{self.port}")
-        tab = await self.browse(f"{await self.nginx(location)}/app/")
+        (location,) = re.findall(r"location .*?\n    }", page.__doc__ or "", re.DOTALL)
+        location = location.replace("localhost:8765", self.address)
+        tab = await self.browse(f"http://{await self.nginx(location)}/app/")
         self.server.send_message([1, 0, 1])
         await self.assert_shown(tab, 3, 2, 0)
 
     @test
     async def test_fits_a_small_screen_in_both_schemes(self) -> None:
         """At 360 pixels nothing is cut off, and a dark scheme has a dark page."""
-        tab = await self.browse(f"{self.address}/")
+        tab = await self.browse(f"http://{self.address}/")
         coin = random.Random(1)
         self.server.send_message([int(coin.random() < 0.72) for _ in range(640)])
         await tab.until("part('trials').textContent === '640'")
@@ -296,15 +288,11 @@ class PageTests(ChromiumCase):
 
 
 class OriginTests(WebCase):
-    """What page.py says of other sites."""
-
     @test
     async def test_lets_in_only_its_own_and_trusted_sites(self) -> None:
         """The server's own pages and the trusted site pass, and no others."""
-        application: Any = self.http_server.request_callback
-        match = re.search(r'trusted_origins"\] = (.*)', page.__doc__ or "")
-        assert match
-        application.settings["trusted_origins"] = json.loads(match[1])
+        (origins,) = re.findall(r'trusted_origins"\] = (.*)', page.__doc__ or "")
+        self.application.settings["trusted_origins"] = json.loads(origins)
 
         async def status(origin: str) -> int:
             try:
@@ -317,7 +305,7 @@ class OriginTests(WebCase):
                 pass
             return 101
 
-        for origin in "https://example.org", self.address:
+        for origin in "https://example.org", f"http://{self.address}":
             self.assertEqual(await status(origin), 101)
         for origin in "http://example.org", "https://example.org.invalid", "null":
             with self.assertLogs("tornado.access", "WARNING"):
@@ -325,29 +313,16 @@ class OriginTests(WebCase):
 
 
 class EventStreamTests(WebCase):
-    """The handler of events.py, read by hand."""
-
     async def read(self, address: str, pattern: str, last: str = "") -> str:
         """Return what comes until the pattern matches, then go away."""
-        reader, writer = await self.open(address, last)
+        reader, writer = await open_events(address, last)
         text = ""
-        async with asyncio.timeout(TIMEOUT):
-            while not re.search(pattern, text, re.DOTALL):
-                data = await reader.read(65_536)
-                assert data, text
-                text += data.decode()
+        while not re.search(pattern, text, re.DOTALL):
+            data = await reader.read(65_536)
+            assert data, text
+            text += data.decode()
         writer.close()
         return text
-
-    async def open(
-        self, address: str, last: str = ""
-    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """Send the request."""
-        host, port = address.removeprefix("http://").split(":")
-        reader, writer = await asyncio.open_connection(host, int(port))
-        header = f"Last-Event-ID: {last}\r\n" if last else ""
-        writer.write(f"GET /events HTTP/1.1\r\nHost: localhost\r\n{header}\r\n".encode())
-        return reader, writer
 
     @test
     async def test_numbers_events_by_the_next_sample(self) -> None:
@@ -374,14 +349,14 @@ class EventStreamTests(WebCase):
     @test
     async def test_comes_at_once_through_nginx(self) -> None:
         """An nginx without any setting passes on the first, small event while it is the only one."""
-        location = f"location / {{ proxy_pass http://127.0.0.1:{self.port}; }}"
+        location = f"location / {{ proxy_pass http://{self.address}; }}"
         text = await self.read(await self.nginx(location), "id.*\n\n")
         self.assertIn('"samples": []', text)
 
     @test
     async def test_keeps_one_unfinished_write_for_a_slow_reader(self) -> None:
         """A client that does not read costs one write, and gets the rest as one event."""
-        reader, writer = await self.open(self.address)
+        reader, writer = await open_events(self.address)
         await until(lambda: events.EventStream.clients)
         (handler,) = events.EventStream.clients
         sample = "x" * 100_000
@@ -416,12 +391,10 @@ class BadGateway(RequestHandler):
 
 @needs_chromium
 class EventSourceTests(ChromiumCase):
-    """The page of events.py."""
-
     @test
     async def test_goes_on_after_a_drop_and_after_a_502(self) -> None:
         """The browser comes back where it was; after a 502 the page does, and counts once."""
-        tab = await self.browse(f"{self.address}/events.html")
+        tab = await self.browse(f"http://{self.address}/events.html")
         self.stream.send_message([1, 0, 1])
         await self.assert_shown(tab, 3, 2, 0)
         (handler,) = events.EventStream.clients
@@ -432,61 +405,28 @@ class EventSourceTests(ChromiumCase):
         (handler,) = events.EventStream.clients
         self.assertEqual(handler.request.headers["Last-Event-ID"], f"{self.stream.epoch}:3")
 
-        gateway: Any = self.http_server.request_callback
         self.http_server.request_callback = Application([("/events", BadGateway)])
         with self.assertLogs("tornado.access", "ERROR"):
             handler.close()
             await tab.until("limit > 3")
-            self.http_server.request_callback = gateway
+            self.http_server.request_callback = self.application
             self.stream.send_message([0])
             await self.assert_shown(tab, 6, 4, 0)
 
 
-class RunTests(PairCase):
-    """Both recipes, run as their docstrings say."""
-
+class RunTests(RecipeCase):
     @test
-    async def test_run_from_the_root_and_copied(self) -> None:
-        """Each serves its page and stream, and ends quietly at Ctrl-C with its clients told."""
-        folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
-        for path in ROOT / "server.py", *RECIPES.glob("*.html"), *RECIPES.glob("*.js"):
-            shutil.copy(path, folder)
-        for name, copied in itertools.product(("page", "events"), (False, True)):
-            shutil.copy(RECIPES / f"{name}.py", folder)
-            port = free_port()
-            what = [f"{name}.py"] if copied else ["-m", f"tests.recipes.{name}"]
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-W", "error", *what, str(port)),
-                cwd=folder if copied else ROOT,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-            )
-            try:
-                await until(functools.partial(accepts, port))
-                fetched = await AsyncHTTPClient().fetch(f"http://localhost:{port}/")
-                self.assertIn(b"Probability of a 1", fetched.body)
-                script = await AsyncHTTPClient().fetch(f"http://localhost:{port}/stream.js")
-                self.assertIn(b"function take", script.body)
-                connection = await websocket_connect(f"ws://localhost:{port}/websocket")
-                self.assertIn("samples", str(await connection.read_message()))
-                if name == "events":
-                    reader, writer = await asyncio.open_connection("localhost", port)
-                    writer.write(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
-                    await reader.readuntil(b"data:")
-                process.send_signal(signal.SIGINT)
-                async with asyncio.timeout(TIMEOUT):
-                    while await connection.read_message() is not None:
-                        pass
-                self.assertEqual(connection.close_code, 1001)
-                connection.close()
-                if name == "events":
-                    ended = await asyncio.wait_for(reader.read(), TIMEOUT)
-                    self.assertTrue(ended.endswith(b"\r\n0\r\n\r\n"))
-                    writer.close()
-                _, errors = await process.communicate()
-                self.assertEqual(process.returncode, 0)
-                self.assertNotIn(b"Traceback", errors)
-            finally:
-                if process.returncode is None:
-                    process.kill()
-                    await process.wait()
+    async def test_serves_the_page_and_ends_its_events(self) -> None:
+        """Both programs serve page and script; at Ctrl-C the events come to their proper end."""
+        for name in "page", "events":
+            program = self.copy(name)
+            address = urlsplit(await program.line()).netloc
+            for path, content in ("", b"Probability of a 1"), ("stream.js", b"function take"):
+                fetched = await AsyncHTTPClient().fetch(f"http://{address}/{path}")
+                self.assertIn(content, fetched.body)
+            if name == "events":
+                reader, writer = await open_events(address)
+                await reader.readuntil(b"data:")
+            await self.interrupt(program)
+        self.assertTrue((await reader.read()).endswith(b"\r\n0\r\n\r\n"))
+        writer.close()
