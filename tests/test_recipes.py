@@ -217,7 +217,7 @@ class GrowingFileTests(RecipeCase):
             self.assertEqual(next(lines), [str(number) for number in range(count)])
 
     def test_missing_and_replaced(self) -> None:
-        """A file that comes later is read from its start; once renamed, to its end, then the next."""
+        """A file that comes later is read from its start; a renamed one to its end."""
         lines = self.lines()
         self.append(b"first\n\xff\n")
         self.assertEqual(next(lines), ["first", "\ufffd"])
@@ -265,7 +265,7 @@ class BlockingSourceTests(RecipeCase):
 
 class ModelTests(RecipeCase):
     def test_known_answers(self) -> None:
-        """1, 2, 3, 4 have mean 10/4 and variance 5/3; far from zero it is as exact as statistics."""
+        """1, 2, 3, 4 have mean 10/4 and variance 5/3; far from zero it is exact, too."""
         client, distant = mean_variance.NumberClient(URL), mean_variance.NumberClient(URL)
         self.assertTrue(math.isnan(client.model.variance))
         client.on_message([1, 2])
@@ -314,7 +314,7 @@ class ModelTests(RecipeCase):
 class SlowWorkTests(RecipeCase):
     @test
     async def test_does_each_sample_in_order(self) -> None:
-        """After a failure up to four samples come again; after `stop` only the calls that run end."""
+        """After a failure up to four samples come again; `stop` waits for the calls that run."""
         begun: list[int] = []
         go_on = threading.Event()
         self.addCleanup(go_on.set)
@@ -361,7 +361,7 @@ class SlowWorkTests(RecipeCase):
 class RelayTests(RecipeCase):
     @test
     async def test_program(self) -> None:
-        """The posterior is a stream and a page, and stays as it is when the first server restarts."""
+        """The posterior is a stream and a page, and survives a restart of the first server."""
         program = self.copy("relay", "--url", self.url)
         results = self.recorder(url := await program.line())
         await until(lambda: results.epoch and self.server.clients)

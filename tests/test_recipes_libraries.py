@@ -137,16 +137,14 @@ class NotebookTests(PairCase):
         request, published, state = self.client.execute(cell), [], ("", "")
         while state != (request, "idle"):
             message = await self.client.get_iopub_msg(timeout=TIMEOUT)
-            self.assertNotEqual(message["msg_type"], "error", message["content"])
-            parent, content = message["parent_header"], message["content"]
-            state = parent.get("msg_id"), content.get("execution_state")
-            published.append(message)
+            published.append(content := message["content"])
+            self.assertNotEqual(message["msg_type"], "error", content)
+            state = message["parent_header"].get("msg_id"), content.get("execution_state")
         return published
 
     async def pictures(self, cell: str) -> list[tuple[str, str]]:
         """Run a cell, and return the pictures that came, each with the place where it is shown."""
-        messages = [m for m in await self.run_cell(cell) if m["msg_type"].endswith("display_data")]
-        contents = [message["content"] for message in messages]
+        contents = [content for content in await self.run_cell(cell) if "transient" in content]
         return [(c["data"]["image/png"], c["transient"]["display_id"]) for c in contents]
 
     @test

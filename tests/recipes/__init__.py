@@ -1,1 +1,1 @@
-"""Recipes: each file changes nothing in the two scripts, and says in its docstring how it is used."""
+"""Recipes: each changes nothing in the two scripts, and its docstring says how it is used."""

@@ -20,7 +20,7 @@ from server import WebSocketServer, make_app, run, serve
 
 
 def new_lines(path: Path) -> Generator[list[str], None, None]:
-    """Give, for ever, the lines that have ended since the last time; at first all that are there."""
+    """Give, for ever, the lines that have ended since the last time; at first all there are."""
     while not path.exists():
         yield []
     file, rest = path.open("rb"), b""
