@@ -28,14 +28,21 @@ from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest
 from tornado.testing import gen_test
 from tornado.websocket import websocket_connect
 
-from tests.recipes import blocking_source, growing_file, json_samples, mean_variance, relay
-from tests.recipes import slow_work as slow
+from tests.recipes import (
+    blocking_source,
+    growing_file,
+    json_samples,
+    mean_variance,
+    relay,
+    slow_work,
+)
 from tests.support import ROOT, TIMEOUT, PairCase, Recorder, free_port, fresh_server, until
 
 RECIPES = ROOT / "tests" / "recipes"
 URL = "ws://127.0.0.1:9/websocket"  # for clients that never start
-# The second warning is of the socket that Tornado leaves open when its port is taken.
-PYTHON = sys.executable, "-W", "error", "-W", "ignore:unclosed <socket:ResourceWarning"
+# Tornado leaves a socket open when its port is taken, and a connection after a failed handshake.
+LEFT = "ignore:unclosed <socket:ResourceWarning", "ignore:Unclosed WebSocketClient:ResourceWarning"
+PYTHON = sys.executable, "-W", "error", "-W", LEFT[0], "-W", LEFT[1]
 
 test = gen_test(timeout=20 * TIMEOUT)  # until() fails earlier, and says where
 
@@ -121,10 +128,8 @@ class ProgramTests(RecipeCase):
             (self.copy, ["blocking_source"], 2, lambda samples: abs(samples[0] - 20) < 10),
             (self.start, changing, 10, lambda samples: samples[:10] == [0] * 5 + [1] * 5),
             (self.copy, ["numbered_source", self.path, "price"], 3, [10, None, 12].__eq__),
-            (self.copy, ["page"], 5, {0, 1}.issuperset),
             (self.start, ["page", 0], 5, {0, 1}.issuperset),
             (self.copy, ["fast_lane"], 5, {0, 1}.issuperset),
-            (self.copy, ["events"], 5, {0, 1}.issuperset),
             (self.start, ["events", 0], 5, {0, 1}.issuperset),
         ):
             with self.subTest(command):
@@ -328,8 +333,8 @@ class SlowWorkTests(RecipeCase):
             return sample
 
         self.server.send_message([*range(240)])
-        self.enterContext(mock.patch.object(slow, "work", work))
-        client = slow.SlowClient(self.url, 0.01)
+        self.enterContext(mock.patch.object(slow_work, "work", work))
+        client = slow_work.SlowClient(self.url, 0.01)
         with self.assertLogs() as logged:
             client.start()
             await until(lambda: {*range(12)} <= {*begun})
@@ -378,7 +383,7 @@ class RelayTests(RecipeCase):
         self.assertNotEqual(results.epoch, self.server.epoch)
         (handler,) = self.server.clients
         await self.goodbye(program, results)
-        self.assertEqual(handler.close_code, 1000)
+        await until(lambda: handler.close_code == 1000)
 
     @test
     async def test_sample_that_is_no_json(self) -> None:
