@@ -24,9 +24,9 @@ asks for no password.
 
 Its limits: there is one producer. While it is down nobody samples, and a second one would mix its
 samples in. What it publishes must be JSON, or the servers end. A server learns the epoch when it
-starts, and does not see that the stream was deleted: start all of them again then. A server that is behind the one that
-a client comes from answers 400, and the client comes back after its usual wait. When the broker was
-restarted, a server may need half a minute to go on.
+starts, and does not see that the stream was deleted: start all of them again then. A server that is
+behind the one that a client comes from answers 400, and the client comes back after its usual wait.
+When the broker was restarted, a server may need half a minute to go on.
 """
 
 import argparse

@@ -5,7 +5,7 @@ Run it, and open http://localhost:8765/ (another port: give it as the argument):
     python -m tests.recipes.page
 
 It needs only Tornado, and page.html and stream.js beside it. page.html is the model: replace its
-script by your own. stream.js follows the stream by the same rule as client.py.
+script with your own. stream.js follows the stream by the same rule as client.py.
 
 Behind a proxy, the page works under any path, since all its addresses are relative. For nginx:
 
@@ -21,7 +21,7 @@ A browser lets every page open a WebSocket to your server, from your visitor's m
 It only says in the Origin header which site the page came from. Tornado compares this with Host
 (so the proxy must pass Host on), or trusts the browser's Sec-Fetch-Site header. For any other site
 it asks `check_origin`, which answers no: 403. Programs such as client.py send no Origin and pass.
-So do not replace `check_origin` by `return True`: then every page that a visitor has open can read
+So do not replace `check_origin` with `return True`: then every page that a visitor has open can read
 the stream with that visitor's access. If your page is on another host, trust that whole origin:
 
     app.settings["trusted_origins"] = ["https://example.org"]

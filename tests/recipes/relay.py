@@ -3,9 +3,9 @@
     python -m tests.recipes.relay --url ws://localhost:8765/websocket
 
 You want it when others need your result rather than the samples. The page is at
-http://localhost:8766/. A sample of the new stream, such as
-{"trials": 3, "mean": 0.6, "sd": 0.2}, is sent whenever the posterior changes. It needs only Tornado. Its limit: the counts are in memory. Started again, the relay begins a new epoch with
-what the history of the first server still holds.
+http://localhost:8766/. A sample of the new stream, {"trials": 3, "mean": 0.6, "sd": 0.2}, is sent
+whenever the posterior changes. It needs only Tornado. Its limit: the counts are in memory. Started
+again, the relay begins a new epoch with what the history of the first server still holds.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""A client that speaks: set the p of listening_server.py, with the key that it has printed.
+"""A client that speaks: set the p of listening_server.py, with the key that it printed.
 
     python -m tests.recipes.set_p KEY 0.5
 
