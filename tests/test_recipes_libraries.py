@@ -249,8 +249,8 @@ class BrokerTests(RecipeCase):
                 await self.jetstream.publish("samples", b"%d" % number)
             if 0 in numbers:
                 await until(lambda: client.position == 5)
-                (consumer,) = await self.jetstream.consumers_info("samples")
-                await self.jetstream.delete_consumer("samples", consumer.name)
+                for consumer in await self.jetstream.consumers_info("samples"):
+                    await self.jetstream.delete_consumer("samples", consumer.name)
         await self.jetstream.purge_stream("samples", keep=5)
         with self.assertLogs("client", "WARNING"):
             with contextlib.suppress(AssertionError):  # it notices after some 20 s
