@@ -35,7 +35,7 @@ async def follow() -> None:
 
 
 async def main() -> None:
-    async with asyncio.TaskGroup() as group:
+    async with asyncio.TaskGroup() as group:  # gather would add a traceback to a taken port
         group.create_task(follow())
         await serve(make_app())
 
