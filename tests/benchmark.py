@@ -128,8 +128,8 @@ async def hand_over(server: Server, rate: int, seconds: float, limit: float) -> 
             while handed < rate * seconds:
                 due = int(min(time.perf_counter() - begun, seconds) * rate)
                 for _ in range(min(due - handed, rate // 4)):  # late or not, the loop must turn
-                    await server.send([1])
                     handed += 1
+                    await server.send([1 + (handed == rate * seconds)])
                 await asyncio.sleep(0.001)
             await server.delivered.wait()
             late = time.perf_counter() - begun - seconds
@@ -144,7 +144,7 @@ def overload(rounds: int, clients: int, rate: int, seconds: float, limit: float)
         if name in too_late:
             return []
         with serving(name, clients) as (_, server, loading):
-            loading.ask(int(rate * seconds) * clients)
+            loading.ask(clients)
             before = peak = server.memory()
             server.pipe.send((hand_over, rate, seconds, limit))
             while not server.pipe.poll(0.1):
@@ -153,12 +153,13 @@ def overload(rounds: int, clients: int, rate: int, seconds: float, limit: float)
             got = loading.ask(sys.maxsize)  # samples, by all clients together
         if late > 1:
             too_late.add(name)
-        return late, cpu / max(1, got) * 1e6, peak - before
+        percent = 100 * got / clients / rate / seconds
+        return late, percent, cpu / max(1, got) * 1e6, peak - before
 
-    late = Row("s late", limit=limit)
+    late, percent = Row("s late", limit=limit), Row("% of the samples delivered", 0)
     cost, growth = Row("us per sample and client", 2, ratio=True), Row("MiB more", 0)
     label = f"{rate:,} samples/s, {clients} clients"
-    return take_turns(label, LIBRARIES, rounds, measure, late, cost, growth)
+    return take_turns(label, LIBRARIES, rounds, measure, late, percent, cost, growth)
 
 
 async def deliver(server: Server, messages: int) -> float:
@@ -166,7 +167,7 @@ async def deliver(server: Server, messages: int) -> float:
     start = time.process_time()
     for _ in range(messages):
         server.delivered.clear()
-        await server.send([1])
+        await server.send([2])
         await server.delivered.wait()
     return time.process_time() - start
 

@@ -79,7 +79,7 @@ class Server(NamedTuple):
 
     pipe: Connection
     send: Callable[[list[Any]], Any]  # to be awaited
-    delivered: asyncio.Event  # set when the clients have got as many samples as they were to
+    delivered: asyncio.Event  # set when all clients have got a 2
 
 
 def serve(pipe: Connection, name: str, delivered: Connection, pings: bool, port: int) -> None:
@@ -111,10 +111,10 @@ def serve(pipe: Connection, name: str, delivered: Connection, pings: bool, port:
 
 
 def load(pipe: Connection, delivered: Connection, port: int, clients: int, places: int) -> None:
-    """Be many clients that read as fast as they can, and count the samples, which are ones.
+    """Be many clients that read as fast as they can, and count the samples, each 1 or, at last, 2.
 
-    A question is how many are to come until the server is told, again and again; its answer is how
-    many have come since the last question. So many places are freed again, evenly among the
+    A question is how many twos are to come until the server is told, again and again; its answer is
+    how many samples came since the last question. So many places are freed again, evenly among the
     clients, for those who connect later: servers go round in about the order of connecting.
     """
     selector = selectors.DefaultSelector()
@@ -133,23 +133,24 @@ def load(pipe: Connection, delivered: Connection, port: int, clients: int, place
         client.close()
     selector.register(pipe, selectors.EVENT_READ)
     pipe.send(None)
-    got, told, step = 0, 0, sys.maxsize
+    got, twos, step = 0, 0, sys.maxsize
     ends: dict[int, bytes] = {}  # of what came last, since a sample may come in two parts
     while True:
         for key, _ in selector.select():
             if isinstance(key.fileobj, socket.socket):
                 new = key.fileobj.recv(1 << 16)
                 data = ends.get(key.fd, b"") + new
-                got += data.count(b" [1") + data.count(b", 1")
+                last = data.count(b" [2") + data.count(b", 2")
+                got, twos = got + last + data.count(b" [1") + data.count(b", 1"), twos + last
                 ends[key.fd] = data[-2:]
                 if not new:
                     selector.unregister(key.fileobj)
             else:
                 (step,) = pipe.recv()
                 pipe.send(got)
-                got = told = 0
-        while got >= (told + 1) * step:
-            told += 1
+                got = twos = 0
+        while twos >= step:
+            twos -= step
             delivered.send_bytes(b"x")
 
 
