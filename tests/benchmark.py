@@ -26,11 +26,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from client import BetaBinomial
 from server import RandomBernoulli, WebSocketServer
 from tests.contestants import CONTESTANTS, log
-from tests.measuring import SPAWN, Process, Server, count, load, serving, ticks, watch
+from tests.measuring import SPAWN, TIMEOUT, Process, Server, count, load, serving, ticks, watch
 from tests.recipes.fast_lane import frame
 from tests.support import HANDSHAKE, until
 
 PACKAGES = "tornado", "websockets", "websocket-client", "aiohttp", "picows", "starlette", "uvicorn"
+Measure = Callable[[str], Sequence[float]]  # takes the name of a contestant
 
 
 @dataclasses.dataclass
@@ -45,12 +46,11 @@ class Row:
 
     def cell(self, name: str) -> str:
         """Write the median, and how it compares to ours."""
-        values = self.values.get(name)
-        if not values:
+        if name not in self.values:
             return ""
-        if (median := statistics.median(values)) > self.limit:
-            return f"> {self.limit:g}"
-        text = f"{median:,.{self.digits}f}"
+        values = self.values[name]
+        median = statistics.median(values)
+        text = f"{median:,.{self.digits}f}" if median <= self.limit else f"> {self.limit:g}"
         if name == "ours" or not self.ratio:
             return text
         pairs = zip(values, self.values["ours"], strict=False)  # some take fewer rounds than ours
@@ -91,12 +91,8 @@ LIBRARIES = [name for name in SENDERS if name != "bare socket"]  # it can do not
 
 
 def take_turns(
-    what: str,
-    names: Sequence[str],
-    rounds: int,
-    measure: Callable[[str], Iterable[float]],
-    *rows: Row,
-) -> tuple[Row, ...]:
+    what: str, names: Sequence[str], rounds: int, measure: Measure, *rows: Row
+) -> Sequence[Row]:
     """Measure one contestant after the other, round by round: one number for each row."""
     for turn in range(rounds):
         for name in names:
@@ -112,6 +108,8 @@ def wait_for_all(watchers: Process, clients: int, since: float) -> list[float]:
     """Return when each client got its first sample since then, once all have got one."""
     firsts: dict[int, float] = {}
     while len(firsts) < clients:
+        if time.perf_counter() > since + TIMEOUT:
+            sys.exit(f"{len(firsts)} of {clients} clients are there")
         time.sleep(0.5)
         firsts = {number: at for number, at, _ in reversed(watchers.ask(since))}
     return list(firsts.values())
@@ -136,11 +134,11 @@ async def hand_over(server: Server, rate: int, seconds: float, limit: float) -> 
     return late, time.process_time() - cpu
 
 
-def overload(rounds: int, clients: int, rate: int, seconds: float, limit: float) -> Iterable[Row]:
+def overload(rounds: int, clients: int, rate: int, seconds: float, limit: float) -> Sequence[Row]:
     """A source that is faster than sending; whoever is late by a second takes one round only."""
     too_late: set[str] = set()
 
-    def measure(name: str) -> Iterable[float]:
+    def measure(name: str) -> Sequence[float]:
         if name in too_late:
             return []
         with serving(name, clients) as (_, server, loading):
@@ -172,7 +170,7 @@ async def deliver(server: Server, messages: int) -> float:
     return time.process_time() - start
 
 
-def fan_out(rounds: int, clients: int, messages: int) -> Iterable[Row]:
+def fan_out(rounds: int, clients: int, messages: int) -> Sequence[Row]:
     """One sample to many clients."""
     label, servers = f"send to {clients:,} clients", {}
     with contextlib.ExitStack() as stack:
@@ -203,12 +201,12 @@ async def blast(server: Server, messages: int, batch: int) -> None:
     await until(lambda: not WebSocketServer.clients)
 
 
-def receiving(rounds: int, messages: int, batch: int) -> Iterable[Row]:
+def receiving(rounds: int, messages: int, batch: int) -> Sequence[Row]:
     """Receive, take apart and count."""
     samples = messages * batch
     with serving("ours", 0) as (port, server, _):
 
-        def measure(name: str) -> Iterable[float]:
+        def measure(name: str) -> Sequence[float]:
             with Process(count, name, port, samples) as client:
                 server.pipe.send((blast, messages, batch))
                 cpu, _ = client.answer()
@@ -243,10 +241,10 @@ def ages(
     return [at - sample for _, at, sample in records]
 
 
-def slow_consumer(rounds: int, seconds: float) -> Iterable[Row]:
+def slow_consumer(rounds: int, seconds: float) -> Sequence[Row]:
     """An on_message that takes longer than the time between two messages; one round."""
 
-    def measure(name: str) -> Iterable[float]:
+    def measure(name: str) -> Sequence[float]:
         with serving("ours", 0) as (port, server, _):
             return ages(name, port, server, 1, 0.02, 500, seconds)[-1:]
 
@@ -254,14 +252,15 @@ def slow_consumer(rounds: int, seconds: float) -> Iterable[Row]:
     return take_turns("on_message of 20 ms, 500 messages/s", RECEIVERS, 1, measure, row)
 
 
-def delay(rounds: int, clients: int, rate: int, seconds: float) -> Iterable[Row]:
+def delay(rounds: int, clients: int, rate: int, seconds: float) -> Sequence[Row]:
     """How old a sample is when it reaches on_message, at fifty clients among all."""
-    label, watched, servers = f"{clients:,} clients, {rate} messages/s", min(clients, 50), {}
+    watched, servers = min(clients, 50), {}
+    label = f"{clients:,} client{'s'[: clients - 1]}, {rate} messages/s"
     with contextlib.ExitStack() as stack:
         for name in LIBRARIES:
             servers[name] = stack.enter_context(serving(name, clients, places=watched))
 
-        def measure(name: str) -> Iterable[float]:
+        def measure(name: str) -> Sequence[float]:
             port, server, _ = servers[name]
             found = sorted(ages(name, port, server, watched, 0, rate, seconds))
             return statistics.median(found) * 1e3, found[int(len(found) * 0.99)] * 1e3
@@ -283,12 +282,12 @@ async def toss(server: Server, batch: int, messages: int) -> float:
     return start
 
 
-def end_to_end(rounds: int, batch: int, messages: int) -> Iterable[Row]:
+def end_to_end(rounds: int, batch: int, messages: int) -> Sequence[Row]:
     """How much of the speed of tossing and counting is left with a network in between."""
     coin = RandomBernoulli(0.72)
     with serving("ours", 0) as (port, server, _):
 
-        def measure(name: str) -> Iterable[float]:
+        def measure(name: str) -> Sequence[float]:
             with Process(count, name, port, batch * messages) as client:
                 server.pipe.send((toss, batch, messages))
                 _, end = client.answer()
@@ -305,10 +304,10 @@ def end_to_end(rounds: int, batch: int, messages: int) -> Iterable[Row]:
 # Memory, and coming back.
 
 
-def idle_client(rounds: int, clients: int) -> Iterable[Row]:
+def idle_client(rounds: int, clients: int) -> Sequence[Row]:
     """What one more client costs that gets nothing but pings."""
 
-    def measure(name: str) -> Iterable[float]:
+    def measure(name: str) -> Sequence[float]:
         with serving(name, 1, pings=True) as (port, server, _):
             before = server.memory()
             with Process(load, SPAWN.Pipe()[0], port, clients, 0) as idlers:
@@ -325,10 +324,10 @@ async def flood(server: Server, size: int, seconds: float) -> None:
         await server.send([1] * (size // 3))
 
 
-def deaf_client(rounds: int, seconds: float) -> Iterable[Row]:
+def deaf_client(rounds: int, seconds: float) -> Sequence[Row]:
     """What a client costs that does not read; one round."""
 
-    def measure(name: str) -> Iterable[float]:
+    def measure(name: str) -> Sequence[float]:
         with serving(name, 0) as (port, server, _):
             deaf = socket.create_connection(("127.0.0.1", port))
             deaf.sendall(HANDSHAKE)
@@ -342,15 +341,15 @@ def deaf_client(rounds: int, seconds: float) -> Iterable[Row]:
     return take_turns("a client that does not read", names, 1, measure, row)
 
 
-def recovery(rounds: int, clients: int) -> Iterable[Row]:
+def recovery(rounds: int, clients: int) -> Sequence[Row]:
     """How soon all clients are back after a restart of the server, and how suddenly."""
 
-    def measure(name: str) -> Iterable[float]:
+    def measure(name: str) -> Sequence[float]:
         with contextlib.ExitStack() as stack:
             with serving(name, 0) as (port, server, _):
                 server.pipe.send((run, 100))
                 watchers = stack.enter_context(Process(watch, name, port, clients, 0))
-                wait_for_all(watchers, clients, 0)
+                wait_for_all(watchers, clients, time.perf_counter())
             with serving(name, 0, port=port) as (_, server, _):
                 restarted = time.perf_counter()
                 server.pipe.send((run, 100))
@@ -365,7 +364,7 @@ def recovery(rounds: int, clients: int) -> Iterable[Row]:
 
 
 # Each part, what it is given after the rounds, once for each tuple, and what if it is to be tiny.
-PARTS: dict[str, tuple[Callable[..., Iterable[Row]], list[Any], list[Any]]] = {
+PARTS: dict[str, tuple[Callable[..., Sequence[Row]], list[Any], list[Any]]] = {
     "overload": (overload, [(200, 2_000, 5, 60), (200, 10_000, 5, 60)], [(5, 2_000, 0.2, 20)]),
     "fan-out": (fan_out, [(1_000, 20), (4_000, 5)], [(20, 5)]),
     "receiving": (receiving, [(20_000, 1), (20_000, 10), (20_000, 100)], [(100, 10)]),

@@ -9,6 +9,7 @@ import secrets
 import socket
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 from tornado.httpserver import HTTPServer
@@ -65,14 +66,9 @@ def tornado_port(application: Application, pings: bool, port: int) -> int:
     return int(sockets[0].getsockname()[1])
 
 
-async def ours(pings: bool, port: int) -> Serving:
-    WebSocketServer.max_clients = 100_000
-    return tornado_port(make_app(), pings, port), WebSocketServer.send_message
-
-
-async def fast_lane(pings: bool, port: int) -> Serving:
-    FastLane.max_clients = 100_000
-    return tornado_port(make_app(FastLane), pings, port), FastLane.send_message
+async def ours(pings: bool, port: int, handler: type[WebSocketServer] = WebSocketServer) -> Serving:
+    handler.max_clients = 100_000
+    return tornado_port(make_app(handler), pings, port), handler.send_message
 
 
 async def plain_loop(pings: bool, port: int) -> Serving:
@@ -246,7 +242,7 @@ class Contestant(NamedTuple):
 
 CONTESTANTS = {
     "ours": Contestant(ours, receive_ours),
-    "fast lane": Contestant(fast_lane, None),
+    "fast lane": Contestant(partial(ours, handler=FastLane), None),
     "plain Tornado": Contestant(plain_loop, receive_tornado),
     "websockets": Contestant(websockets_broadcast, receive_websockets, "websockets"),
     "websocket-client": Contestant(None, receive_websocket_client, "websocket"),

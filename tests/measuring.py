@@ -157,14 +157,16 @@ def load(pipe: Connection, delivered: Connection, port: int, clients: int, place
 @contextlib.contextmanager
 def serving(
     name: str, clients: int, pings: bool = False, places: int = 0, port: int = 0
-) -> Iterator[tuple[int, Process, Process]]:
-    """Start a contestant's server and its clients; yield the port and both processes."""
+) -> Iterator[tuple[int, Process, Any]]:
+    """Start a contestant's server and its clients, if any; yield the port and both processes."""
     here, there = SPAWN.Pipe()
-    with Process(serve, name, here, pings, port) as server:
+    with contextlib.ExitStack() as stack:
+        server, loading = stack.enter_context(Process(serve, name, here, pings, port)), None
         port = server.answer()
-        with Process(load, there, port, clients, places) as loading:
+        if clients:
+            loading = stack.enter_context(Process(load, there, port, clients, places))
             loading.answer()
-            yield port, server, loading
+        yield port, server, loading
 
 
 # Receiving: a contestant's client, or several of them in one process.
