@@ -347,12 +347,12 @@ def recovery(rounds: int, clients: int) -> Sequence[Row]:
     def measure(name: str) -> Sequence[float]:
         with contextlib.ExitStack() as stack:
             with serving(name, 0) as (port, server, _):
-                server.pipe.send((run, 100))
+                server.pipe.send((run, 20))
                 watchers = stack.enter_context(Process(watch, name, port, clients, 0))
                 wait_for_all(watchers, clients, time.perf_counter())
             with serving(name, 0, port=port) as (_, server, _):
                 restarted = time.perf_counter()
-                server.pipe.send((run, 100))
+                server.pipe.send((run, 20))
                 times = [at - restarted for at in wait_for_all(watchers, clients, restarted)]
         crowd = max(sum(t <= u < t + 0.1 for u in times) for t in times)
         return statistics.median(times), max(times), crowd

@@ -191,7 +191,8 @@ def count(pipe: Connection, name: str, port: int, trials: int) -> None:
         if posterior.alpha + posterior.beta - 2 == trials:
             pipe.send((time.process_time() - start, time.perf_counter()))
 
-    asyncio.run(follow(name, port, take))
+    threading.Thread(target=asyncio.run, args=[follow(name, port, take)], daemon=True).start()
+    pipe.poll(None)  # until the benchmark has ended, however that was
 
 
 def watch(pipe: Connection, name: str, port: int, clients: int, pause: float) -> None:
@@ -206,14 +207,11 @@ def watch(pipe: Connection, name: str, port: int, clients: int, pause: float) ->
         seen.extend((number, now, sample) for sample in samples)
         time.sleep(pause)
 
-    def answer() -> None:
-        while True:
-            (since,) = pipe.recv()
-            pipe.send([record for record in seen[:] if record[1] > since])
-
     async def watching() -> None:
         takes = [functools.partial(take, number) for number in range(clients)]
         await asyncio.gather(*(follow(name, port, take) for take in takes))
 
-    threading.Thread(target=answer, daemon=True).start()
-    asyncio.run(watching())
+    threading.Thread(target=asyncio.run, args=[watching()], daemon=True).start()
+    while True:
+        (since,) = pipe.recv()
+        pipe.send([record for record in seen[:] if record[1] > since])
