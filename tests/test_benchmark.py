@@ -1,4 +1,7 @@
-"""That the benchmark and the comparison of transports run and print their tables, untimed."""
+"""That the benchmark and the comparison of transports run, and print all their rows.
+
+What the numbers are is not tested: the machine decides that.
+"""
 
 import importlib.util
 import re
