@@ -24,15 +24,10 @@ class BenchmarkTests(unittest.TestCase):
         printed = self.run_script("benchmark.py", "--tiny")
         overload, rest = re.findall(r"(?:^\|.*\n)+", printed, re.MULTILINE)
         self.assertEqual(len(re.findall(r"(?m)^\| 2,000 samples/s, .* \| -?\d", overload)), 4)
-        for label in (
-            "send to",
-            "receive 10",
-            "on_message of 20 ms",
-            "5 clients, .* 99th",
-            "end to end",
-        ):
+        labels = "send to", "receive 10", "on_message", "5 clients, .* 99th", "end to end"
+        for label in labels:
             self.assertRegex(rest, rf"(?m)^\| {label}.* \| \d")
-        for label in "an idle client", "a client that does not read", "3 clients after a restart":
+        for label in "an idle client", "a client that does not read", "3 clients after":
             self.assertRegex(rest, rf"(?m)^\| {label}.* \| -?\d")
         sending = next(line for line in rest.splitlines() if "send to" in line)
         heading = rest.splitlines()[0].split(" | ")

@@ -11,7 +11,6 @@ Below a few hundred clients the ordinary way is fast enough, and outlives more v
 """
 
 import asyncio
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 from tornado.ioloop import PeriodicCallback
@@ -27,15 +26,16 @@ def frame(text: bytes) -> bytes:
     return bytes([0x81, *([size] if size < 126 else long)]) + text
 
 
-def write(stream: IOStream, data: bytes, written: Callable[[Any], None]) -> bool:
-    """Write to the socket at once; tell whether something is left, and call `written` after it."""
+def write(client: WebSocketServer, stream: IOStream, data: bytes) -> bool:
+    """Write to the socket at once; tell whether something is left, which the stream takes."""
     try:
         sent = stream.socket.send(data)
     except OSError:  # no room, or no peer: the stream finds out which
         sent = 0
-    if sent < len(data):
-        stream.write(data[sent:]).add_done_callback(written)
-    return sent < len(data)
+    if sent == len(data):
+        return False
+    stream.write(data[sent:]).add_done_callback(client.written)
+    return True
 
 
 class FastLane(WebSocketServer):
@@ -63,7 +63,7 @@ class FastLane(WebSocketServer):
             behind = type(client) is cls and client.position < end and not client.writing
             straight = behind and client.position == begin and data and peer
             if straight and not (peer.is_closing() or peer.stream.writing()):
-                client.position, client.writing = end, write(peer.stream, data, client.written)
+                client.position, client.writing = end, write(client, peer.stream, data)
             elif behind:
                 client.catch_up()
 
