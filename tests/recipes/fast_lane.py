@@ -5,9 +5,10 @@ one turn of the event loop goes out together.
 
     python -m tests.recipes.fast_lane
 
-serves the coin. It gives up nothing of the protocol, and works over TLS, but it leans on
-`ws_connection.stream`, which Tornado does not document.
-Below a few hundred clients the ordinary way is fast enough, and outlives more versions of Tornado.
+serves the coin. For a source of your own, subclass FastLane, or call its `send_message`, and serve
+make_app(FastLane). The protocol is unchanged, and it works over TLS. It needs only Tornado. Its
+limit: it leans on `ws_connection.stream`, which Tornado does not document. Below a few hundred
+clients the ordinary way is fast enough.
 """
 
 import asyncio
