@@ -297,10 +297,10 @@ class OutputTests(ScriptCase):
 
     def test_an_output_that_takes_nothing(self) -> None:
         """Closed, or that of head, it is passed over in silence; full, it is one line, status 1."""
-        closed, quiet = 'exec "$@" >&-', ([], 0)
+        closed = 'exec "$@" >&-'
         cases: list[tuple[str, str, tuple[list[str], int]]] = [
-            ("client.py", closed, quiet),
-            ("server.py", closed, quiet),
+            ("client.py", closed, ([], 0)),
+            ("server.py", closed, ([], 0)),
             ("client.py", '("$@"; echo status $? >&2) | head -n 1', (["status 0\n"], 0)),
         ]
         if os.path.exists("/dev/full"):
