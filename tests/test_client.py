@@ -28,7 +28,7 @@ from tornado.testing import gen_test
 from tornado.web import Application, HTTPError
 from tornado.websocket import WebSocketHandler, websocket_connect
 
-from client import BetaBinomial, WebSocketClient, main, watch
+from client import BetaBinomial, WebSocketClient, watch
 from tests.support import PairCase, Recorder, free_port, until
 
 FDS = Path("/proc/self/fd")
@@ -57,21 +57,17 @@ class BetaBinomialTests(unittest.TestCase):
         with self.assertRaisesRegex(ValueError, r"not .{80}$"):
             BetaBinomial().update([2] * 1_000)
 
-    def test_density_is_highest_at_the_mode(self) -> None:
-        """The picture is flat for the prior, and peaks in the column that holds the mode."""
+    def test_picture(self) -> None:
+        """It is flat for the prior and peaks at the mode; the whole line fits 80 columns."""
         self.assertEqual(BetaBinomial().density(12), "█" * 12)
         for ones, trials in ((0, 9), (9, 9), (3, 4), (720_000, 1_000_000)):
             picture = BetaBinomial(1 + ones, 1 + trials - ones).density(40)
             self.assertEqual(len(picture), 40)
             self.assertEqual(picture[min(int(40 * ones / trials), 39)], "█")
-        self.assertEqual(BetaBinomial(720_001, 280_001).density(20).count(" "), 19)
-
-    def test_the_line(self) -> None:
-        """str(client) is a picture of 20 characters, then the numbers, within 80 columns."""
         client = WebSocketClient("ws://localhost/")
-        self.assertEqual(str(client), f"▕{'█' * 20}▏ Beta(1, 1)  mean 0.5000  sd 0.2887  missed 0")
-        client.posterior = BetaBinomial(720_001, 280_001)
-        self.assertRegex(str(client), r"^▕.{20}▏ Beta\(720001, 280001\)  mean 0.7200  sd 0.0004  ")
+        client.posterior, client.missed = BetaBinomial(720_001, 280_001), 7
+        numbers = "Beta(720001, 280001)  mean 0.7200  sd 0.0004  missed 7"
+        self.assertEqual(str(client), f"▕{14 * ' '}█{5 * ' '}▏ {numbers}")
         self.assertLessEqual(len(str(client)), 80)
 
 
@@ -254,11 +250,10 @@ class RuleTests(ClientCase):
             yield 1
 
         late = "TypeError: on_message must be no coroutine and no generator"
-        table: dict[Callable[[list[Any]], Any], str] = dict.fromkeys(
-            (coroutine, generator, async_generator), late
-        )
+        cases: list[tuple[Callable[..., Any], str]] = [(fails, "ValueError: no model")]
+        cases += [(react, late) for react in (coroutine, generator, async_generator)]
         with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # never awaited
-            for react, error in (table | {fails: "ValueError: no model"}).items():
+            for react, error in cases:
                 play = Play(self, [message(3, [1])], [message(3, [1])])
                 play.client.react = react
                 with self.subTest(react=react), self.assertLogs("client", "ERROR") as logs:
@@ -473,24 +468,13 @@ class EndTests(ClientCase):
 
     def test_start_leaves_the_callers_event_loop_alone(self) -> None:
         """Before and after stop, which ends any wait, the calling thread has its own event loop."""
-        seen: list[asyncio.AbstractEventLoop] = []
-
-        def caller() -> None:
-            with contextlib.closing(asyncio.new_event_loop()) as loop:
-                asyncio.set_event_loop(loop)
-                client = Stub("ws://no-such-host.invalid/")
-                client.start()
-                loop.run_until_complete(until(lambda: logs.output))
-                seen.extend([loop, asyncio.get_event_loop()])
-                client.stop()
-                seen.append(asyncio.get_event_loop())
-                asyncio.set_event_loop(None)
-
+        client, loop = Stub("ws://no-such-host.invalid/"), asyncio.get_event_loop()
         with mock.patch("random.uniform", return_value=1e9), self.assertLogs("client") as logs:
-            thread = threading.Thread(target=caller)
-            thread.start()
-            thread.join()
-        self.assertEqual(seen, [seen[0]] * 3)
+            self.begin(client)
+            self.assertIs(asyncio.get_event_loop(), loop)
+            self.io_loop.run_sync(lambda: until(lambda: logs.output))
+            client.stop()
+        self.assertIs(asyncio.get_event_loop(), loop)
         self.assertEqual(len(logs.output), 1)
 
     @unittest.skipUnless(FDS.exists(), "needs /proc")
@@ -508,7 +492,7 @@ class EndTests(ClientCase):
                     client.stop()
             self.assertLessEqual(len(os.listdir(FDS)), before + 1)
 
-    def test_watch_and_main_leave_the_process_as_it_was(self) -> None:
+    def test_watch_leaves_the_process_as_it_was(self) -> None:
         """Signals, standard output and Tornado's log are the same afterwards, the last line out."""
 
         def state() -> list[Any]:
@@ -519,11 +503,6 @@ class EndTests(ClientCase):
                 logging.getLogger("tornado.application").getEffectiveLevel(),
             ]
 
-        class Brief(Stub):
-            def request(self, url: str) -> HTTPRequest:
-                self.stop()
-                return super().request(url)
-
         class Interrupted(Stub):
             shown = 0
 
@@ -533,63 +512,46 @@ class EndTests(ClientCase):
                     raise KeyboardInterrupt
                 return f"line {self.shown}"
 
+        before = state()
         with contextlib.redirect_stdout(io.StringIO()) as output:
-            before = state()
-            with mock.patch("sys.argv", ["client.py", "--url", self.url]):
-                main(Brief)
             watch(Interrupted(self.url))
-            self.assertEqual(state(), before)
-        *brief, first, last = output.getvalue().splitlines()
-        self.assertEqual({*brief}, {str(Brief(self.url))})
-        self.assertEqual((first, last), ("line 1", "line 3"))
+        self.assertEqual(output.getvalue(), "line 1\nline 3\n")
+        self.assertEqual(state(), before)
 
 
 class PairTests(ClientCase):
     attributes: ClassVar[dict[str, Any]] = {"history_size": 100}
 
-    async def joined(self, *clients: WebSocketClient) -> WebSocketClient:
-        """Return a new client, when it and these others are up to date."""
-        client = WebSocketClient(self.url, 0.01)
-        self.follow(client)
-        await self.up_to_date(client, *clients)
-        return client
+    async def send(self, samples: list[int], *clients: WebSocketClient) -> None:
+        """Send so many samples, and wait until these clients are up to date."""
 
-    async def up_to_date(self, *clients: WebSocketClient) -> None:
-        def condition() -> bool:
+        def up_to_date() -> bool:
             here = {(client.epoch, client.position) for client in clients}
             return here == {(self.server.epoch, self.server.end)}
 
-        await until(condition)
+        self.server.send_message(samples)
+        await until(up_to_date)
 
     @gen_test
-    async def test_late_joiner(self) -> None:
-        """It gets all of a history that is not full, and has missed nothing of a full one."""
-        first = await self.joined()
-        for sample in (1, 0, 1, 1) * 20:
-            self.server.send_message([sample])
-        late = await self.joined(first)
-        self.assertEqual((first.posterior, late.posterior), ((61, 21), (61, 21)))
-        self.server.send_message([1] * 90)
-        latest = await self.joined(first, late)
-        self.assertEqual((latest.posterior.alpha + latest.posterior.beta, latest.missed), (102, 0))
-
-    @gen_test
-    async def test_comes_back(self) -> None:
-        """Too late, it says how many it missed; each new run is counted beside what it had."""
-        client = await self.joined()
-        self.server.send_message([1] * 10)
-        await self.up_to_date(client)
+    async def test_late_joiners_absences_and_restarts(self) -> None:
+        """A late joiner gets what is kept, one that was away says what it missed; runs add up."""
+        first, late, latest = (WebSocketClient(self.url, 0.01) for _ in range(3))
+        self.follow(first)
+        await self.send([1, 0, 1, 1] * 20, first)
         await self.end()
+        self.follow(late)
         for _ in range(25):
-            self.server.send_message([0] * 10)
-        self.follow(client)
-        await self.up_to_date(client)
-        self.assertEqual((client.missed, client.posterior), (150, (11, 101)))
-        for run in range(1, 4):
+            await self.send([0] * 10, late)
+        for client in first, latest:
+            self.follow(client)
+        await self.send([], first, late, latest)
+        for run in range(3):
+            counts = [(client.posterior, client.missed) for client in (first, late, latest)]
+            zeros = 1 + 20 * run
+            expected = [((61, 120 + zeros), 150), ((61, 270 + zeros), 0), ((1, 100 + zeros), 0)]
+            self.assertEqual(counts, expected)
             await self.restart()
-            self.server.send_message([0] * 20)
-            await self.up_to_date(client)
-            self.assertEqual((client.missed, client.posterior), (150, (11, 101 + 20 * run)))
+            await self.send([0] * 20, first, late, latest)
 
 
 if __name__ == "__main__":
