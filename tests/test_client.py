@@ -100,9 +100,8 @@ class Play:
         self.handler: Actor | None = None  # of the newest connection
         self.may_connect = asyncio.Event()
         self.may_connect.set()
-        self.client = Stub(
-            f"ws://{case.serve(Application([('/', Actor, {'play': self})]))}/{query}"
-        )
+        address = case.serve(Application([("/", Actor, {"play": self})]))
+        self.client = Stub(f"ws://{address}/{query}")
 
     def say(self, *items: Item) -> None:
         """Send all at the same time."""
@@ -147,16 +146,10 @@ class ClientCase(PairCase):
         self.addCleanup(client.stop)
         client.start()
 
-    async def halt(self, client: WebSocketClient) -> None:
-        """Stop a client while this event loop goes on to serve it."""
-        await asyncio.get_running_loop().run_in_executor(None, client.stop)
-
     def tearDown(self) -> None:
         async def end() -> None:
             while self.following:
-                task = self.following.pop()
-                task.cancel()
-                await asyncio.wait([task])
+                await self.end()
             for server in self.others:
                 await server.close_all_connections()
             await self.close()
@@ -184,9 +177,7 @@ class RuleTests(ClientCase):
                 ([message(0, [10], "c"), message(5, [], "c")], ("c", 5, 23)),
             ):
                 play.say(*items)
-                await until(
-                    lambda place=place: (client.epoch, client.position, client.missed) == place  # type: ignore[misc]
-                )
+                await until(lambda: (client.epoch, client.position, client.missed) == place)
         expected = [("a", 7, [0, 1, 2]), ("a", 10, [{}]), ("a", 20, [4]), ("a", 21, [5])]
         expected += [("a", 30, [6]), ("b", 2, [7]), ("b", 3, [8, 9]), ("c", 0, [10])]
         self.assertEqual(client.places, expected)
@@ -203,7 +194,7 @@ class RuleTests(ClientCase):
             play = Play(self, [message(5, [1, 1, 0]), 1001], [message(8, []), 1001], query=query)
             with self.assertLogs("client", "INFO") as logs:
                 self.follow(play.client)
-                await until(lambda play=play: len(play.requests) > 2)  # type: ignore[misc]
+                await until(lambda: len(play.requests) > 2)
                 await self.end()
             resumed = f"/{and_so}epoch=a&offset=8"
             self.assertEqual(play.requests[:3], [f"/{query}", resumed, resumed])
@@ -258,7 +249,7 @@ class RuleTests(ClientCase):
                 play.client.react = react
                 with self.subTest(react=react), self.assertLogs("client", "ERROR") as logs:
                     self.follow(play.client)
-                    await until(lambda play=play: len(play.requests) > 2)  # type: ignore[misc]
+                    await until(lambda: len(play.requests) > 2)
                     await self.end()
                     self.assertEqual(play.requests[1:3], ["/?epoch=a&offset=3"] * 2)
                     self.assertEqual(play.closed, [1000] * 2)
@@ -309,7 +300,7 @@ class RetryTests(ClientCase):
                     self.assertLogs("client"),
                 ):
                     self.follow(client)
-                    await until(lambda: uniform.call_count >= len(expected))  # noqa: B023
+                    await until(lambda: uniform.call_count >= len(expected))
                     await self.end()
                 waits = [call.args for call in uniform.call_args_list]
                 self.assertEqual(waits[: len(expected)], [(0, limit) for limit in expected])
@@ -334,7 +325,7 @@ class RetryTests(ClientCase):
         ):
             with self.subTest(reason=reason), self.assertLogs(level="INFO") as logs:
                 self.follow(client)
-                await until(lambda logs=logs: len(logs.output) > 4)  # type: ignore[misc]
+                await until(lambda: len(logs.output) > 4)
                 await self.end()
             for line in logs.output:
                 if "tornado.access" not in line:
@@ -405,8 +396,8 @@ class EndTests(ClientCase):
 
                 play.client.react = react
                 begin(play.client)
-                await until(lambda play=play: play.closed)  # type: ignore[misc]
-                await self.halt(play.client)
+                await until(lambda: play.closed)
+                await asyncio.to_thread(play.client.stop)
                 self.assertEqual((play.closed, play.client.calls), ([1000], 1))
                 self.assertEqual(play.client.position, len(play.client.samples))
 
@@ -454,15 +445,15 @@ class EndTests(ClientCase):
             await until(lambda: self.server.clients)
             client.start()
             self.server.send_message([count])
-            await until(lambda count=count: client.position == count)  # type: ignore[misc]
+            await until(lambda: client.position == count)
             self.assertEqual(len(self.server.clients), 1)
-            await self.halt(client)
+            await asyncio.to_thread(client.stop)
             client.stop()
             await until(lambda: not self.server.clients)
         self.assertEqual((client.samples, client.missed), ([1, 2, 3], 0))
         for _ in range(20):
             client.start()
-            await self.halt(client)  # whatever it is doing
+            await asyncio.to_thread(client.stop)  # whatever it is doing
         await until(lambda: not self.server.clients)
         self.assertEqual({thread for thread in threading.enumerate() if thread.daemon}, daemons)
 
