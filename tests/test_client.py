@@ -18,7 +18,7 @@ import sys
 import threading
 import unittest
 import warnings
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
@@ -89,6 +89,10 @@ class Stub(Recorder):
         super().on_message(samples)
         return result
 
+    async def reach(self, *place: object) -> None:
+        """Wait until epoch, position and missed are these."""
+        await until(lambda: (self.epoch, self.position, self.missed) == place)
+
 
 class Play:
     """A server whose nth connection sends the nth list of items, and a client of it."""
@@ -102,6 +106,14 @@ class Play:
         self.may_connect.set()
         address = case.serve(Application([("/", Actor, {"play": self})]))
         self.client = Stub(f"ws://{address}/{query}")
+
+    async def requested(self, count: int) -> None:
+        """Wait until the client has made so many requests."""
+        await until(lambda: len(self.requests) >= count)
+
+    async def ended(self, count: int = 1) -> None:
+        """Wait until so many connections have been closed."""
+        await until(lambda: len(self.closed) >= count)
 
     def say(self, *items: Item) -> None:
         """Send all at the same time."""
@@ -177,7 +189,7 @@ class RuleTests(ClientCase):
                 ([message(0, [10], "c"), message(5, [], "c")], ("c", 5, 23)),
             ):
                 play.say(*items)
-                await until(lambda: (client.epoch, client.position, client.missed) == place)
+                await client.reach(*place)
         expected = [("a", 7, [0, 1, 2]), ("a", 10, [{}]), ("a", 20, [4]), ("a", 21, [5])]
         expected += [("a", 30, [6]), ("b", 2, [7]), ("b", 3, [8, 9]), ("c", 0, [10])]
         self.assertEqual(client.places, expected)
@@ -194,7 +206,7 @@ class RuleTests(ClientCase):
             play = Play(self, [message(5, [1, 1, 0]), 1001], [message(8, []), 1001], query=query)
             with self.assertLogs("client", "INFO") as logs:
                 self.follow(play.client)
-                await until(lambda: len(play.requests) > 2)
+                await play.requested(3)
                 await self.end()
             resumed = f"/{and_so}epoch=a&offset=8"
             self.assertEqual(play.requests[:3], [f"/{query}", resumed, resumed])
@@ -219,7 +231,7 @@ class RuleTests(ClientCase):
         play = Play(self, [message(0, [1]), message(5, [2]), None])
         with self.assertLogs("client", "WARNING") as logs:
             self.follow(play.client)
-            await until(lambda: len(play.requests) > 1)
+            await play.requested(2)
         self.assertEqual(play.requests[1], "/?epoch=a&offset=6")
         self.assertEqual(play.client.places, [("a", 0, [1]), ("a", 5, [2])])
         self.assertIn("connection lost; next try in", logs.output[1])
@@ -228,28 +240,26 @@ class RuleTests(ClientCase):
     async def test_what_on_message_refuses_comes_again(self) -> None:
         """An exception, or a result that would run later: a traceback, and the same samples."""
 
-        def fails(samples: list[Any]) -> None:
-            raise ValueError("no model")
-
         async def coroutine(samples: list[Any]) -> None:
             pass
-
-        def generator(samples: list[Any]) -> Generator[int]:
-            yield 1
 
         async def async_generator(samples: list[Any]) -> AsyncGenerator[int]:
             yield 1
 
         late = "TypeError: on_message must be no coroutine and no generator"
-        cases: list[tuple[Callable[..., Any], str]] = [(fails, "ValueError: no model")]
-        cases += [(react, late) for react in (coroutine, generator, async_generator)]
+        cases: list[tuple[Callable[[list[Any]], Any], str]] = [
+            (BetaBinomial().update, r"ValueError: samples must be 0 or 1, not \[2\]"),
+            (lambda samples: (sample for sample in samples), late),
+            (coroutine, late),
+            (async_generator, late),
+        ]
         with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # never awaited
             for react, error in cases:
-                play = Play(self, [message(3, [1])], [message(3, [1])])
+                play = Play(self, [message(3, [2])], [message(3, [2])])
                 play.client.react = react
                 with self.subTest(react=react), self.assertLogs("client", "ERROR") as logs:
                     self.follow(play.client)
-                    await until(lambda: len(play.requests) > 2)
+                    await play.requested(3)
                     await self.end()
                     self.assertEqual(play.requests[1:3], ["/?epoch=a&offset=3"] * 2)
                     self.assertEqual(play.closed, [1000] * 2)
@@ -270,8 +280,8 @@ class RuleTests(ClientCase):
         play.client.retry_delay = 1e-9
         with self.assertLogs("client", "WARNING") as logs:
             self.follow(play.client)
-            await until(lambda: len(play.requests) > len(bad) + 1)
-            await until(lambda: len(play.closed) > len(bad))
+            await play.requested(len(bad) + 2)
+            await play.ended(len(bad) + 1)
         self.assertEqual(play.client.places, [("a", 0, [1, 0])])
         self.assertEqual(set(play.requests[1:]), {"/?epoch=a&offset=2"})
         self.assertEqual(play.closed[1:], [1000] * len(bad))
@@ -281,6 +291,16 @@ class RuleTests(ClientCase):
 
 
 class RetryTests(ClientCase):
+    async def limits(self, client: WebSocketClient, count: int) -> list[float]:
+        """Return the limits of the first waits of a run, none of which takes any time."""
+        uniform = mock.patch("random.uniform", return_value=0.0)
+        with uniform as drawn, self.assertLogs("client"):
+            self.follow(client)
+            await until(lambda: drawn.call_count >= count)
+            await self.end()
+        self.assertEqual({call.args[0] for call in drawn.call_args_list}, {0})
+        return [call.args[1] for call in drawn.call_args_list][:count]
+
     @gen_test
     async def test_wait_grows_until_a_message_is_taken(self) -> None:
         """The limit is doubled up to 30 s; a message taken, or a new run, makes it retry_delay."""
@@ -294,16 +314,9 @@ class RetryTests(ClientCase):
         for delay, script, limits in cases:
             client = Play(self, *script).client
             client.retry_delay, client.react = delay, BetaBinomial().update
-            for expected in limits, [min(delay, 30), min(2 * delay, 30)]:
-                with (
-                    mock.patch("random.uniform", return_value=0.0) as uniform,
-                    self.assertLogs("client"),
-                ):
-                    self.follow(client)
-                    await until(lambda: uniform.call_count >= len(expected))
-                    await self.end()
-                waits = [call.args for call in uniform.call_args_list]
-                self.assertEqual(waits[: len(expected)], [(0, limit) for limit in expected])
+            self.assertEqual(await self.limits(client, len(limits)), limits)
+            again = await self.limits(client, 2)
+            self.assertEqual(again, [min(delay, 30), min(2 * delay, 30)])
 
     @gen_test
     async def test_why_it_cannot_connect_is_one_line_a_try(self) -> None:
@@ -372,10 +385,10 @@ class EndTests(ClientCase):
         play = Play(self, [message(0, [1])])
         play.may_connect.clear()
         self.follow(play.client)
-        await until(lambda: play.requests)
+        await play.requested(1)
         await self.end()
         play.may_connect.set()
-        await until(lambda: play.closed)
+        await play.ended()
         self.assertEqual((play.closed, play.client.calls), ([1000], 0))
 
     @gen_test
@@ -386,17 +399,15 @@ class EndTests(ClientCase):
             for begin in (self.follow, self.begin):
                 play = Play(self, [message(0, [1]), *rest])
 
-                def react(
-                    samples: list[Any], play: Play = play, threaded: bool = begin == self.begin
-                ) -> None:
-                    play.client.stop()
-                    if threaded:
+                def react(samples: list[Any], client: Stub = play.client) -> None:
+                    client.stop()
+                    if threading.current_thread() is not threading.main_thread():
                         with self.assertRaisesRegex(RuntimeError, "own thread"):
-                            play.client.start()
+                            client.start()
 
                 play.client.react = react
                 begin(play.client)
-                await until(lambda: play.closed)
+                await play.ended()
                 await asyncio.to_thread(play.client.stop)
                 self.assertEqual((play.closed, play.client.calls), ([1000], 1))
                 self.assertEqual(play.client.position, len(play.client.samples))
@@ -404,11 +415,8 @@ class EndTests(ClientCase):
     @gen_test
     async def test_slow_on_message(self) -> None:
         """All that came meanwhile is one call; stop, from another thread, lets no further one."""
-        play, inside, go_on = (
-            Play(self, [message(0, [0])]),
-            threading.Event(),
-            threading.Semaphore(0),
-        )
+        play = Play(self, [message(0, [0])])
+        inside, go_on = threading.Event(), threading.Semaphore(0)
 
         def react(samples: list[Any]) -> None:
             inside.set()
@@ -431,7 +439,7 @@ class EndTests(ClientCase):
         go_on.release()
         await following
         self.assertEqual(play.client.places, [("a", 0, [0]), ("a", 1, [*range(1, 100)])])
-        await until(lambda: play.closed)
+        await play.ended()
         self.assertEqual(play.closed, [1000])
 
     @gen_test
@@ -445,12 +453,12 @@ class EndTests(ClientCase):
             await until(lambda: self.server.clients)
             client.start()
             self.server.send_message([count])
-            await until(lambda: client.position == count)
+            await client.reach(self.server.epoch, count, 0)
             self.assertEqual(len(self.server.clients), 1)
             await asyncio.to_thread(client.stop)
             client.stop()
             await until(lambda: not self.server.clients)
-        self.assertEqual((client.samples, client.missed), ([1, 2, 3], 0))
+        self.assertEqual(client.samples, [1, 2, 3])
         for _ in range(20):
             client.start()
             await asyncio.to_thread(client.stop)  # whatever it is doing
@@ -487,12 +495,9 @@ class EndTests(ClientCase):
         """Signals, standard output and Tornado's log are the same afterwards, the last line out."""
 
         def state() -> list[Any]:
+            tornado = logging.getLogger("tornado.application")
             signals = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-            return [
-                *signals,
-                sys.stdout,
-                logging.getLogger("tornado.application").getEffectiveLevel(),
-            ]
+            return [*signals, sys.stdout, tornado.getEffectiveLevel()]
 
         class Interrupted(Stub):
             shown = 0

@@ -271,9 +271,8 @@ class StreamTests(ServerCase):
         sizes = WebSocketServer.history_size, WebSocketServer.message_size
         self.assertEqual((*sizes, WebSocketServer.max_clients), (10_000, 1_000, 900))
         self.assertRegex(WebSocketServer.epoch, "^[0-9a-f]{8}$")
-        settings = make_app().settings
-        self.assertEqual(settings["websocket_ping_interval"], 10)
-        self.assertEqual(settings["websocket_ping_timeout"], 10)
+        pings = [make_app().settings[f"websocket_ping_{name}"] for name in ("interval", "timeout")]
+        self.assertEqual(pings, [10, 10])
 
     @gen_test
     async def test_each_subclass_is_a_stream_of_its_own(self) -> None:
