@@ -548,7 +548,3 @@ class PairTests(ClientCase):
             self.assertEqual(counts, expected)
             await self.restart()
             await self.send([0] * 20, first, late, latest)
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -126,7 +126,3 @@ class TreeTests(unittest.TestCase):
             self.assertLessEqual(len(source.splitlines()), lines, name)
             self.assertNotRegex(source, rf"(?m)^(from|import) {other}")
         self.assertEqual((ROOT / "requirements.txt").read_text(), "tornado>=6.6,<7\n")
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -272,29 +272,21 @@ class OutputTests(ScriptCase):
 
     def test_an_output_that_takes_nothing(self) -> None:
         """Closed, or that of head, it is passed over in silence; full, it is one line, status 1."""
-        watching = "client.py", "--url", self.url
-        serving = "server.py", "--address", "127.0.0.1", "--port", str(self.port)
+        watch = "client.py", "--url", self.url
+        serve = "server.py", "--address", "127.0.0.1", "--port", str(self.port)
         closed, head = 'exec "$@" >&-', '("$@"; echo status $? >&2) | head -n 1'
-        cases = [
-            (watching, closed, "", 0),
-            (serving, closed, "", 0),
-            (watching, head, "status 0\n", 0),
-        ]
+        cases = [(watch, closed, "", 0), (serve, closed, "", 0), (watch, head, "status 0\n", 0)]
         if os.path.exists("/dev/full"):
             error = "standard output: [Errno 28] No space left on device\n"
             # Unbuffered, Python would have nothing left to flush as it exits.
-            cases.append((watching, 'unset PYTHONUNBUFFERED; exec "$@" >/dev/full', error, 1))
+            cases.append((watch, 'unset PYTHONUNBUFFERED; exec "$@" >/dev/full', error, 1))
         for arguments, command, line, status in cases:
             shell = "/bin/sh", "-c", command, "sh", *PYTHON, *arguments
             with self.subTest(shell=shell), spawned(*shell, stdout=DEVNULL) as process:
                 if command == closed:
-                    if arguments == watching:
+                    if arguments == watch:
                         said(process, "cannot connect")
                     else:
                         wait_until(lambda: accepts(self.port))
                     process.send_signal(signal.SIGINT)
                 self.assertEqual((remarks(process), process.wait()), (line, status))
-
-
-if __name__ == "__main__":
-    unittest.main()

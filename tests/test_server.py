@@ -362,7 +362,3 @@ class ServeTests(ServerCase):
         self.assertEqual(WebSocketServer.clients, set())
         with self.assertRaises(OSError):
             await self.connect()
-
-
-if __name__ == "__main__":
-    unittest.main()
