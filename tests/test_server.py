@@ -122,7 +122,7 @@ class ConnectingTests(ServerCase):
         """This epoch, and no number from 0 to the end in 1 to 15 digits: 400 with the reason."""
         self.server.send_message(list(range(15)))
         odd = ["", "-1", "abc", "1_0", "+1", "1.0", "1e1", "%201", "%200%20", "%D9%A1", "%FF"]
-        odd += ["%00", "16", "9" * 15, "1" * 16, "0" * 18 + "1", "1" * 5_000, "%C2%B2"]
+        odd += ["%00", "16", "9" * 15, "1" * 16, "0" * 15 + "1", "1" * 5_000, "%C2%B2"]
         for offset in ["", *(f"&offset={text}" for text in odd)]:
             with self.subTest(offset=offset[:20]):
                 reason = await self.refused(f"?epoch={self.server.epoch}{offset}", 400)
