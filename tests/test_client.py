@@ -427,6 +427,7 @@ class EndTests(ClientCase):
                 asyncio.run(play.client.run())
 
         play.client.react = react
+        self.addCleanup(play.client.stop)
         self.addCleanup(go_on.release, 9)
         following = asyncio.ensure_future(asyncio.to_thread(follow))
         await until(inside.is_set)
