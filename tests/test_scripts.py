@@ -204,38 +204,43 @@ class SignalTests(ScriptCase):
 class OptionTests(ScriptCase):
     def test_what_cannot_be_done_is_one_line(self) -> None:
         """A bad option costs one line on standard error and status 2, a port in use status 1."""
-        bad = {
-            "server.py --port": ["-1", "abc", "65536", "1.5"],
-            "server.py --p": ["-0.1", "1.1", "nan", "x"],
-            "server.py --interval": ["0", "-1", "nan", "inf", "0.5"],
-            "server.py --batch": ["0", "-1", "x"],
-            "client.py --url": ["http://a/", "localhost", "", "ws://a:99999", "ws://u:pw@a/"],
-        }
-        mains = {"server.py": lambda: asyncio.run(server.main()), "client.py": client.main}
-        for option, values in bad.items():
-            for value in values:
-                argv = f"{option}={value}".split(" ")
-                with (
-                    self.subTest(argv=argv),
-                    mock.patch("sys.argv", argv),
-                    contextlib.redirect_stderr(io.StringIO()) as err,
-                ):
-                    with self.assertRaises(SystemExit) as end:
-                        mains[argv[0]]()
-                    self.assertEqual(end.exception.code, 2)
-                    self.assertRegex(err.getvalue(), rf"^{argv[0]}: error: .*\n$")
-                    self.assertNotIn("pw", err.getvalue())
-        busy = "--address=127.0.0.1", f"--port={self.port}"
-        with socket.create_server(("127.0.0.1", self.port)):
-            for arguments, status, text in (
-                (["server.py", "--address="], 2, "server.py: error: .* empty"),
-                (["client.py", "--unknown"], 2, "client.py: error: .*--unknown"),
-                (["server.py", *busy], 1, f"cannot listen on 127.0.0.1:{self.port}: "),
+        bad = [f"--port={port}" for port in ("-1", "abc", "65536", "1.5")]
+        bad += [f"--p={p}" for p in ("-0.1", "1.1", "nan", "x")]
+        bad += [f"--interval={interval}" for interval in ("0", "-1", "nan", "inf", "0.5")]
+        bad += [f"--batch={batch}" for batch in ("0", "-1", "x")]
+        bad += [f"--url={url}" for url in ("http://a/", "a", "", "ws://a:99999", "ws://u:pw@a/")]
+
+        class Unstarted(WebSocketClient):
+            def start(self) -> None:
+                raise AssertionError("started")
+
+        # A server that took a bad option would end here, too, but with status 1.
+        busy = "server.py", "--address=127.0.0.1", f"--port={self.port}"
+        self.enterContext(socket.create_server(("127.0.0.1", self.port)))
+        for option in bad:
+            argv = ["client.py", option] if "--url" in option else [*busy, option]
+            with (
+                self.subTest(argv=argv),
+                mock.patch("sys.argv", argv),
+                contextlib.redirect_stderr(io.StringIO()) as err,
             ):
-                *got, line = finished(*arguments)
-                self.assertEqual(got, [status, ""])
-                self.assertRegex(line, rf"{text}.*\n$")
-                self.assertNotIn("Traceback", line)
+                with self.assertRaises(SystemExit) as end:
+                    if argv[0] == "client.py":
+                        client.main(Unstarted)
+                    else:
+                        asyncio.run(server.main())
+                self.assertEqual(end.exception.code, 2)
+                self.assertRegex(err.getvalue(), rf"^{argv[0]}: error: .*\n$")
+                self.assertNotIn("pw", err.getvalue())
+        for arguments, status, text in (
+            (["server.py", "--address="], 2, "server.py: error: .* empty"),
+            (["client.py", "--unknown"], 2, "client.py: error: .*--unknown"),
+            (busy, 1, f"cannot listen on 127.0.0.1:{self.port}: "),
+        ):
+            *got, line = finished(*arguments)
+            self.assertEqual(got, [status, ""])
+            self.assertRegex(line, rf"{text}.*\n$")
+            self.assertNotIn("Traceback", line)
 
     def test_help_names_every_option_with_its_default(self) -> None:
         """--help says what the script does, and each option's default."""
