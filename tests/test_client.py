@@ -447,34 +447,33 @@ class EndTests(ClientCase):
     async def test_start_and_stop_may_be_called_again(self) -> None:
         """Twice they change nothing more; a later start resumes, in one thread at a time."""
 
-        def threads() -> int:  # of clients, without those in which asyncio looks up a host's name
-            daemons = [thread.name for thread in threading.enumerate() if thread.daemon]
-            return sum("asyncio" not in name for name in daemons)
+        def threads() -> set[threading.Thread]:  # but for those that look up a host's name
+            daemons = {thread for thread in threading.enumerate() if thread.daemon}
+            return {thread for thread in daemons if "asyncio" not in thread.name}
 
         before, client = threads(), Stub(self.url)
         client.stop()
-        for count in range(1, 4):
+        for _ in range(10):  # not at the end: Tornado keeps the last socket until its next loop
             self.begin(client)
-            await until(lambda: self.server.clients)
+            await asyncio.to_thread(client.stop)  # whatever it is doing
+        for count in range(1, 4):
             client.start()
             self.server.send_message([count])
             await client.reach(self.server.epoch, count, 0)
-            self.assertEqual(len(self.server.clients), 1)
+            running = threads()
+            client.start()
+            self.assertEqual(threads(), running)
             await asyncio.to_thread(client.stop)
             client.stop()
-            await until(lambda: not self.server.clients)
+            self.assertEqual(threads(), before)
         client.react = lambda samples: client.stop()  # whose thread may not have ended at the next
         for count in range(4, 24):
             await asyncio.to_thread(client.start)
-            self.assertEqual(threads(), before + 1)
+            self.assertEqual(len(threads() - before), 1)
             self.server.send_message([count])
             await client.reach(self.server.epoch, count, 0)
-        self.assertEqual(client.samples, [*range(1, 24)])
-        for _ in range(10):
-            await asyncio.to_thread(client.start)
-            await asyncio.to_thread(client.stop)  # whatever it is doing
-        await until(lambda: not self.server.clients)
-        self.assertEqual(threads(), before)
+        await asyncio.to_thread(client.stop)
+        self.assertEqual((client.samples, threads()), ([*range(1, 24)], before))
 
     def test_start_leaves_the_callers_event_loop_alone(self) -> None:
         """Before and after stop, which ends any wait, the calling thread has its own event loop."""
