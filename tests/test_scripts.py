@@ -1,7 +1,11 @@
-"""Both scripts do in a terminal and in a pipe what their users expect."""
+"""Both scripts as programs: their lines, options, signals and outputs, as a user meets them.
 
-import base64
-import hashlib
+What happens inside them is left to test_server.py and test_client.py.
+"""
+
+import asyncio
+import contextlib
+import io
 import os
 import re
 import signal
@@ -9,34 +13,61 @@ import socket
 import subprocess
 import sys
 import unittest
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from subprocess import DEVNULL, PIPE, Popen
+from typing import Any
 from unittest import mock
 
-from client import BetaBinomial
+from tornado.websocket import WebSocketProtocol13
+
+import client
+import server
+from client import BetaBinomial, WebSocketClient
 from tests.support import HANDSHAKE, ROOT, accepts, first_line, free_port, running, wait_until
 
-LINE = re.compile(
-    r"▕[ ▁▂▃▄▅▆▇█]{20}▏ Beta\((?P<alpha>\d+), (?P<beta>\d+)\)"
-    r"  mean (?P<mean>[01]\.\d{4})  sd (?P<sd>0\.\d{4})  missed (?P<missed>\d+)"
-)
-FLAT = "▕" + 20 * "█" + "▏ Beta(1, 1)  mean 0.5000  sd 0.2887  missed 0\n"
-GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # of RFC 6455
 FAST = ("--port", "0", "--address", "127.0.0.1", "--interval", "1")
+PYTHON = (sys.executable, "-W", "error")
 
 
-def stop(process: subprocess.Popen[str], number: int = signal.SIGINT) -> tuple[str, str]:
-    """Send a signal, and return what the process has written to both outputs by its end."""
+@contextlib.contextmanager
+def spawned(*command: str, **options: Any) -> Iterator[Popen[str]]:
+    """Run a command with a standard output of one's own, and kill it at the end."""
+    with Popen(command, stderr=PIPE, text=True, cwd=ROOT, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def finished(*arguments: str) -> tuple[int, str, str]:
+    """Run Python until it ends, and return its status and both outputs."""
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def stop(process: Popen[str], number: int = signal.SIGINT) -> tuple[int, str, str]:
+    """Send a signal, and return the status and what was written to both outputs by the end."""
     assert process.stdout and process.stderr
     process.send_signal(number)
     # communicate() would pass over what readline() has buffered.
     out, err = process.stdout.read(), process.stderr.read()
-    process.wait()
-    return out, err
+    return process.wait(), out, err
 
 
-def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+def remarks(process: Popen[str]) -> str:
+    """Return what a client says until it ends, except for its failed tries."""
+    assert process.stderr
+    return "".join(line for line in process.stderr if " cannot connect: [Errno" not in line)
+
+
+def said(process: Popen[str], text: str) -> str:
+    """Read the log until a line has this text, and return it."""
+    assert process.stderr
+    for line in process.stderr:
+        if text in line:
+            return line
+    raise AssertionError("the log ended")
 
 
 class ScriptCase(unittest.TestCase):
@@ -45,87 +76,63 @@ class ScriptCase(unittest.TestCase):
         self.port = free_port()
         self.url = f"ws://127.0.0.1:{self.port}/websocket"
 
-    def follow(self, client: subprocess.Popen[str], enough: int) -> str:
+    def follow(self, process: Popen[str], enough: int) -> str:
         """Read lines, whose counts never go down, until one has enough trials, and return it."""
-        assert client.stdout
-        trials = 0
-        for line in client.stdout:
-            match = LINE.fullmatch(line.rstrip("\n"))
+        assert process.stdout
+        shown, trials = WebSocketClient(self.url), 0.0
+        for line in process.stdout:
+            match = re.search(r" Beta\((\d+), (\d+)\) .* missed (\d+)$", line)
             assert match, line
-            self.assertLessEqual(len(match[0]), 80)
-            self.assertGreaterEqual(int(match["alpha"]) + int(match["beta"]) - 2, trials)
-            trials = int(match["alpha"]) + int(match["beta"]) - 2
+            shown.posterior = BetaBinomial(int(match[1]), int(match[2]))
+            shown.missed = int(match[3])
+            self.assertEqual(line, f"{shown}\n")
+            self.assertGreaterEqual(shown.posterior.alpha + shown.posterior.beta - 2, trials)
+            trials = shown.posterior.alpha + shown.posterior.beta - 2
             if trials >= enough:
-                return match[0]
+                return str(shown)
         raise AssertionError("the output ended")
-
-    def said(self, process: subprocess.Popen[str], text: str) -> str:
-        """Read the log until a line has this text, and return it."""
-        assert process.stderr
-        for line in process.stderr:
-            if text in line:
-                return line
-        raise AssertionError("the log ended")
 
 
 class PairTests(ScriptCase):
-    def test_server_first(self) -> None:
-        """The URL that server.py prints is what client.py follows; Ctrl-C shows the last line."""
-        with running("server.py", *FAST) as server:
-            url = first_line(server)
+    def test_two_clients_agree_to_the_last_digit(self) -> None:
+        """They follow the URL that server.py prints; Ctrl-C ends all three with status 0."""
+        with running("server.py", *FAST) as process:
+            url = first_line(process)
             self.assertRegex(url, r"^ws://127\.0\.0\.1:\d+/websocket$")
-            with running("client.py", "--url", url) as client:
-                line = self.follow(client, 100)
-                out, err = stop(client)
-                self.assertEqual(client.returncode, 0)
-            self.assertRegex(err, r"^\d\d:\d\d:\d\d connected to ws://\S+\n$")
-            match = LINE.fullmatch([line, *out.splitlines()][-1])
-            assert match
-            posterior = BetaBinomial(int(match["alpha"]), int(match["beta"]))
-            self.assertEqual(match["mean"], f"{posterior.mean:.4f}")
-            self.assertEqual(match["sd"], f"{posterior.sd:.4f}")
-            self.said(server, " closed, 0 in all")
-            self.assertEqual(stop(server), ("", ""))
-            self.assertEqual(server.returncode, 0)
+            with (
+                running("client.py", "--url", url) as first,
+                running("client.py", "--url", url) as second,
+            ):
+                seen, lines = [self.follow(first, 50), self.follow(second, 100)], []
+                status, out, err = stop(process)
+                self.assertEqual((status, out), (0, ""))
+                self.assertRegex(err, r"^(\S+ client \S+ (connected|closed), \d in all\n){4}$")
+                for one, line in zip((first, second), seen, strict=True):
+                    self.assertRegex(said(one, ""), rf"^\d\d:\d\d:\d\d connected to {url}\n$")
+                    self.assertIn(" closed by the server: 1001 'going away'; ", said(one, ""))
+                    status, out, _ = stop(one)
+                    self.assertEqual(status, 0)
+                    lines.append([line, *out.splitlines()][-1])
+        self.assertEqual(lines[0], lines[1])
 
     def test_client_first_and_a_restart(self) -> None:
         """A client that is there first waits; after a restart it says so, and keeps its counts."""
         # Slow enough for the history to hold the new run until the client is back.
-        options = *FAST, "--port", str(self.port), "--interval", "10"
-        with running("client.py", "--url", self.url) as client:
-            self.said(client, "cannot connect: [Errno")
-            with running("server.py", *options) as server:
-                self.assertEqual(first_line(server), self.url)
-                self.follow(client, 50)
-                stop(server)
-            self.said(client, "closed by the server: 1001 'going away'; next try in ")
+        options = *FAST, "--port", str(self.port), "--interval", "10", "--p", "1", "--batch", "2"
+        with running("client.py", "--url", self.url) as one:
+            said(one, "cannot connect: [Errno")
+            with running("server.py", *options) as process:
+                self.assertEqual(first_line(process), self.url)
+                self.follow(one, 50)
+                self.assertEqual(stop(process, signal.SIGTERM)[:2], (0, ""))
+            said(one, "closed by the server: 1001 'going away'; next try in ")
             with running("server.py", *options):
-                line = self.said(client, "the server began anew")
+                line = said(one, "the server began anew")
                 followed = re.search(r"; its last run was followed to (\d+)$", line)
                 assert followed
                 self.assertGreaterEqual(int(followed[1]), 50)
-                last = self.follow(client, int(followed[1]) + 50)
-                self.assertTrue(last.endswith("missed 0"))
-
-    def test_two_clients_agree_to_the_last_digit(self) -> None:
-        """After the server has gone, both clients' last lines are the same."""
-        with running("server.py", *FAST) as server:
-            url = ("--url", first_line(server))
-            with running("client.py", *url) as first, running("client.py", *url) as second:
-                lines = [self.follow(first, 50), self.follow(second, 100)]
-                stop(server)
-                for client, line in zip((first, second), lines[:2], strict=True):
-                    self.said(client, "closed by the server: 1001")
-                    lines.append([line, *stop(client)[0].splitlines()][-1])
-                self.assertEqual(lines[2], lines[3])
-
-    def test_p_and_batch_are_what_the_stream_shows(self) -> None:
-        """With --p 1 every sample is a 1, --batch of them per message."""
-        options = "--p", "1", "--batch", "1000", "--interval", "100"
-        with running("server.py", *FAST, *options) as server:
-            with running("client.py", "--url", first_line(server)) as client:
-                line = self.follow(client, 100)
-            self.assertRegex(line, r" Beta\(\d+001, 1\)  mean ")
+                last = self.follow(one, int(followed[1]) + 50)
+                self.assertRegex(last, r" Beta\(\d*[13579], 1\) .* missed 0$")
 
     def test_a_client_that_stops_itself_ends_by_itself(self) -> None:
         """watch shows whatever str(client) is, and returns once on_message has called stop."""
@@ -139,228 +146,152 @@ class PairTests(ScriptCase):
                 def __str__(self):
                     return "some" if self.seen else "none"
             client.main(Mine)"""
-        with running("server.py", *FAST) as server:
-            result = run_script("-W", "error", "-c", code, "--url", first_line(server))
-        self.assertEqual(result.returncode, 0)
-        self.assertRegex(result.stdout, "^(none\n)*(some\n)+$")
-        self.assertRegex(result.stderr, "^.* connected to .*\n$")
+        with running("server.py", *FAST) as process:
+            status, out, err = finished("-W", "error", "-c", code, "--url", first_line(process))
+        self.assertEqual(status, 0)
+        self.assertRegex(out, "^(none\n)*(some\n)+$")
+        self.assertRegex(err, "^.* connected to .*\n$")
 
 
 class SignalTests(ScriptCase):
-    def test_server_ends_with_0_and_tells_its_clients(self) -> None:
-        """Ctrl-C and SIGTERM end the server with status 0, and its clients are told 1001."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with (
-                self.subTest(number=number),
-                running("server.py", *FAST) as server,
-                running("client.py", "--url", first_line(server)) as client,
-            ):
-                self.said(server, " connected, 1 in all")
-                out, err = stop(server, number)
-                self.assertEqual((server.returncode, out), (0, ""))
-                self.assertRegex(err, r"^\S+ client \S+ closed, 0 in all\n$")
-                self.said(client, "closed by the server: 1001 'going away'")
-
     def test_a_second_signal_ends_the_servers_goodbye(self) -> None:
         """While a client does not answer the close, a second signal ends the server quietly."""
-        with running("server.py", *FAST) as server:
-            port = int(first_line(server).split(":")[2].split("/")[0])
+        with running("server.py", *FAST) as process:
+            port = int(first_line(process).split(":")[2].split("/")[0])
             with socket.create_connection(("127.0.0.1", port)) as peer, peer.makefile("rb") as got:
                 peer.sendall(HANDSHAKE)
-                self.said(server, " connected, 1 in all")
-                server.send_signal(signal.SIGTERM)
-                frame = b""
-                while not frame.endswith(b"\x88\x0c\x03\xe9going away"):  # the Close frame, 1001
-                    byte = got.read(1)
-                    self.assertTrue(byte)
-                    frame += byte
-                out, err = stop(server, signal.SIGTERM)
-            self.assertRegex(out + err, r"^(\S+ client \S+ closed, 0 in all\n)?$")
-            self.assertEqual(server.returncode, 0)
-
-    def test_client_ends_in_mid_wait(self) -> None:
-        """Ctrl-C while the client waits for its next try: the last posterior, status 0."""
-        with running("client.py", "--url", self.url) as client:
-            self.said(client, "cannot connect")
-            out, err = stop(client)
-            self.assertEqual(client.returncode, 0)
-            self.assertRegex(out, f"^({FLAT.replace('(', '[(]').replace(')', '[)]')})+$")
-            self.assertNotIn("Traceback", err)
-
-    def test_sigterm_keeps_its_default(self) -> None:
-        """SIGTERM ends the client as it ends any program, also while its output is blocked."""
-        out, into = os.pipe()
-        self.addCleanup(os.close, out)
-        os.set_blocking(into, False)
-        try:
-            while True:
-                os.write(into, bytes(4_096))
-        except BlockingIOError:
-            os.set_blocking(into, True)
-        command = [sys.executable, "client.py", "--url", self.url]
-        pipe = subprocess.PIPE
-        with subprocess.Popen(command, stdout=into, stderr=pipe, text=True, cwd=ROOT) as client:
-            os.close(into)
-            self.said(client, "cannot connect")
-            self.said(client, "cannot connect")  # the line that is blocked does not hold it up
-            client.terminate()
-            self.assertEqual(client.wait(), -signal.SIGTERM)
+                said(process, " connected, 1 in all")
+                process.send_signal(signal.SIGTERM)
+                frames, goodbye = b"", b"\x88\x0c\x03\xe9going away"  # the Close frame, 1001
+                while not frames.endswith(goodbye):
+                    frames += got.read(1) or self.fail("the connection ended")
+                status, out, err = stop(process, signal.SIGTERM)
+            self.assertEqual((status, out), (0, ""))
+            self.assertRegex(err, r"^(\S+ client \S+ closed, 0 in all\n)?$")
 
     def test_client_ends_whatever_its_peer_does(self) -> None:
-        """Ctrl-C ends the client in mid-handshake, and a second one its wait for the close."""
-        for answers in (False, True):
-            with self.subTest(answers=answers), socket.create_server(("127.0.0.1", 0)) as listener:
-                url = f"ws://127.0.0.1:{listener.getsockname()[1]}/"
-                with running("client.py", "--url", url) as client:
-                    peer, _ = listener.accept()
-                    with peer, peer.makefile("rb") as request:
-                        lines = iter(request.readline, b"\r\n")
-                        fields = dict(line.strip().split(b": ") for line in lines if b": " in line)
-                        if answers:
-                            key = fields[b"Sec-Websocket-Key"] + GUID
-                            accept = base64.b64encode(hashlib.sha1(key).digest()).decode()
-                            head = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n"
-                            head += "Connection: Upgrade\r\nSec-WebSocket-Accept: "
-                            peer.sendall(f"{head}{accept}\r\n\r\n".encode())
-                            self.said(client, "connected to")
-                            client.send_signal(signal.SIGINT)
-                            self.assertEqual(request.read(1), b"\x88")  # its Close frame
-                        self.assertEqual(stop(client)[1], "")
-                    self.assertEqual(client.returncode, 0)
-
-
-class OptionTests(ScriptCase):
-    def test_a_bad_option_is_one_line_and_status_2(self) -> None:
-        """Each bad option costs one line on standard error, with status 2."""
-        bad = {
-            ("server.py", "--port"): ["-1", "abc", "65536", "1.5"],
-            ("server.py", "--address"): [""],
-            ("server.py", "--p"): ["-0.1", "1.1", "nan", "x"],
-            ("server.py", "--interval"): ["0", "-1", "nan", "inf", "0.5"],
-            ("server.py", "--batch"): ["0", "-1", "x"],
-            ("client.py", "--url"): [
-                "http://localhost/",
-                "localhost",
-                "",
-                "ws://a:99999",
-                "ws://u:pw@a/",
-            ],
-        }
-        cases = [(script, f"{option}={v}") for (script, option), vs in bad.items() for v in vs]
-        with ThreadPoolExecutor(2) as pool:
-            results = pool.map(lambda case: run_script(*case), cases)
-        for case, result in zip(cases, results, strict=True):
-            with self.subTest(case=case):
-                self.assertEqual((result.returncode, result.stdout), (2, ""))
-                self.assertRegex(result.stderr, rf"^{case[0]}: error: .*\n$")
-                self.assertNotIn("pw", result.stderr)
-        for script in ("server.py", "client.py"):
-            result = run_script(script, "--unknown")
-            self.assertEqual((result.returncode, result.stdout), (2, ""))
-            self.assertRegex(result.stderr, rf"{script}: error: .*--unknown\n$")
-
-    def test_where_it_cannot_listen_is_one_line_and_status_1(self) -> None:
-        """A port in use, or an address that is not here: one line that names both, status 1."""
-        with socket.create_server(("127.0.0.1", self.port)):
-            for address in ("127.0.0.1", "203.0.113.1", "no-such-host.invalid", "a..b"):
-                with self.subTest(address=address):
-                    options = "--address", address, "--port", str(self.port)
-                    result = run_script("server.py", *options)
-                    self.assertEqual((result.returncode, result.stdout), (1, ""))
-                    place = rf"{re.escape(address)}:{self.port}"
-                    self.assertRegex(result.stderr, rf"^cannot listen on {place}: .*\n$")
-
-    def test_help_names_every_option_with_its_default(self) -> None:
-        """--help says what the script does, and each option's default."""
-        result = run_script("server.py", "--help")
-        self.assertEqual(result.returncode, 0)
-        for text in ("localhost", "8765", "0.72", "100", "1"):
-            self.assertIn(f"({text})\n", result.stdout)
-        self.assertIn("ws://localhost:8765/websocket", run_script("client.py", "--help").stdout)
-
-    def test_importing_does_nothing(self) -> None:
-        """Importing either script prints, parses and starts nothing."""
-        code = "import server, client, threading; assert threading.active_count() == 1"
-        result = run_script("-c", code, "--not-an-option")
-        self.assertEqual((result.returncode, result.stdout, result.stderr), (0, "", ""))
-
-
-class OutputTests(ScriptCase):
-    def test_a_bad_handshake_is_one_line(self) -> None:
-        """A port that answers garbage, or a 101 that is wrong: one line a try, no traceback."""
-        for reply in (b"garbage\r\n\r\n", b"HTTP/1.1 101 Sure\r\n\r\n"):
+        """Each answer costs at most one line, and Ctrl-C ends the client, a second one its close."""
+        accepted = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n"
+        accepted += b"Connection: Upgrade\r\nSec-WebSocket-Accept: KEY\r\n\r\n"
+        failed = r"^\S+ cannot connect: .*; next try in \d\.\d s\n$"
+        for reply, line in (
+            (b"", ""),  # it ends in mid-handshake
+            (b"garbage\r\n\r\n", failed),
+            (b"HTTP/1.1 101 Sure\r\n\r\n", failed),
+            (accepted, r"^\S+ connected to \S+\n$"),
+        ):
             with self.subTest(reply=reply), socket.create_server(("127.0.0.1", 0)) as listener:
                 url = f"ws://127.0.0.1:{listener.getsockname()[1]}/"
                 # Tornado forgets to close the connection of a 101 that it does not accept,
                 # which only "-W error" would say.
-                command = [sys.executable, "client.py", "--url", url]
-                pipe = subprocess.PIPE
-                with subprocess.Popen(
-                    command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT
-                ) as client:
-                    for _ in range(2):
-                        connection, _address = listener.accept()
-                        with connection:
-                            connection.recv(65_536)
-                            connection.sendall(reply)
-                        self.assertIn("; next try in ", self.said(client, "cannot connect: "))
-                    self.assertEqual(stop(client)[1], "")
-                self.assertEqual(client.returncode, 0)
+                command = sys.executable, "client.py", "--url", url
+                with spawned(*command, stdout=PIPE) as process:
+                    peer, _ = listener.accept()
+                    with peer, peer.makefile("rb") as request:
+                        head = b"".join(iter(request.readline, b"\r\n"))
+                        key = head.partition(b"Sec-Websocket-Key: ")[2].split()[0]
+                        answer = WebSocketProtocol13.compute_accept_value(key).encode()
+                        peer.sendall(reply.replace(b"KEY", answer))
+                        if line:
+                            self.assertRegex(said(process, ""), line)
+                        if reply == accepted:
+                            process.send_signal(signal.SIGINT)
+                            self.assertEqual(request.read(1), b"\x88")  # its Close frame
+                        status, _, err = stop(process)
+                        self.assertEqual((status, err), (0, ""))
 
-    def test_head_ends_quietly(self) -> None:
-        """client.py | head -1: one line, no error, status 0."""
-        with (
-            running("server.py", *FAST) as server,
-            running("client.py", "--url", first_line(server)) as client,
+
+class OptionTests(ScriptCase):
+    def test_what_cannot_be_done_is_one_line(self) -> None:
+        """A bad option costs one line on standard error and status 2, a port in use status 1."""
+        bad = [f"--port={port}" for port in ("-1", "abc", "65536", "1.5")]
+        bad += [f"--p={p}" for p in ("-0.1", "1.1", "nan", "x")]
+        bad += [f"--interval={interval}" for interval in ("0", "-1", "nan", "inf", "0.5")]
+        bad += [f"--batch={batch}" for batch in ("0", "-1", "x")]
+        bad += [f"--url={url}" for url in ("http://a/", "a", "", "ws://a:99999", "ws://u:pw@a/")]
+
+        class Unstarted(WebSocketClient):
+            def start(self) -> None:
+                raise AssertionError("started")
+
+        # A server that took a bad option would end here, too, but with status 1.
+        busy = "server.py", "--address=127.0.0.1", f"--port={self.port}"
+        self.enterContext(socket.create_server(("127.0.0.1", self.port)))
+        for option in bad:
+            argv = ["client.py", option] if "--url" in option else [*busy, option]
+            with (
+                self.subTest(argv=argv),
+                mock.patch("sys.argv", argv),
+                contextlib.redirect_stderr(io.StringIO()) as err,
+            ):
+                with self.assertRaises(SystemExit) as end:
+                    if argv[0] == "client.py":
+                        client.main(Unstarted)
+                    else:
+                        asyncio.run(server.main())
+                self.assertEqual(end.exception.code, 2)
+                self.assertRegex(err.getvalue(), rf"^{argv[0]}: error: .*\n$")
+                self.assertNotIn("pw", err.getvalue())
+        for arguments, status, text in (
+            (["server.py", "--address="], 2, "server.py: error: .* empty"),
+            (["client.py", "--unknown"], 2, "client.py: error: .*--unknown"),
+            (busy, 1, f"cannot listen on 127.0.0.1:{self.port}: "),
         ):
-            assert client.stdout and client.stderr
-            self.assertRegex(client.stdout.readline(), LINE)
-            self.said(client, "connected to")
-            client.stdout.close()
-            self.assertEqual(client.stderr.read(), "")
-            self.assertEqual(client.wait(), 0)
+            *got, line = finished(*arguments)
+            self.assertEqual(got, [status, ""])
+            self.assertRegex(line, rf"{text}.*\n$")
+            self.assertNotIn("Traceback", line)
 
-    def test_closed_output_is_quiet(self) -> None:
-        """With >&- both scripts work without a word, until Ctrl-C, with status 0."""
-        shell = ["/bin/sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-W", "error"]
-        pipe = subprocess.PIPE
-        server = [*shell, "server.py", "--address", "127.0.0.1", "--port", str(self.port)]
-        client = [*shell, "client.py", "--url", self.url]
-        for command in (client, server):
-            with subprocess.Popen(command, stderr=pipe, text=True, cwd=ROOT) as process:
-                if command is client:
-                    self.said(process, "cannot connect")
-                else:
-                    wait_until(lambda: accepts(self.port))
-                process.send_signal(signal.SIGINT)
-                assert process.stderr
-                self.assertNotIn("Error", process.stderr.read().replace("[Errno", ""))
-                self.assertEqual(process.wait(), 0)
+    def test_help_names_every_option_with_its_default(self) -> None:
+        """--help says what the script does, and each option's default."""
+        status, out, _ = finished("server.py", "--help")
+        self.assertEqual(status, 0)
+        for text in ("localhost", "8765", "0.72", "100", "1"):
+            self.assertIn(f"({text})\n", out)
+        self.assertIn("ws://localhost:8765/websocket", finished("client.py", "--help")[1])
 
-    @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
-    def test_full_output_is_one_error(self) -> None:
-        """Standard output that is full: one line, status 1."""
-        command = [sys.executable, "-W", "error", "client.py", "--url", self.url]
-        # Unbuffered, Python would have nothing left to flush as it exits.
-        environment = {name: os.environ[name] for name in os.environ.keys() - {"PYTHONUNBUFFERED"}}
-        with open("/dev/full", "w", encoding="ascii") as full:
-            pipe = subprocess.PIPE
-            process = subprocess.Popen(
-                command, stdout=full, stderr=pipe, text=True, cwd=ROOT, env=environment
-            )
-            _, err = process.communicate()
-        lines = [line for line in err.splitlines() if "cannot connect" not in line]
-        self.assertEqual(lines, ["standard output: [Errno 28] No space left on device"])
-        self.assertEqual(process.returncode, 1)
-
-    def test_an_ascii_output_has_no_picture(self) -> None:
-        """Where the encoding has no block characters there are the numbers, and no traceback."""
-        ascii_only = mock.patch.dict(os.environ, {"PYTHONIOENCODING": "ascii"})
-        with ascii_only, running("client.py", "--url", self.url) as client:
-            self.assertEqual(first_line(client), FLAT.partition("▏ ")[2].rstrip())
-            self.assertNotIn("Traceback", stop(client)[1])
-            self.assertEqual(client.returncode, 0)
+    def test_importing_does_nothing(self) -> None:
+        """Importing either script prints, parses and starts nothing."""
+        code = "import server, client, threading; assert threading.active_count() == 1"
+        self.assertEqual(finished("-c", code, "--not-an-option"), (0, "", ""))
 
 
-if __name__ == "__main__":
-    unittest.main()
+class OutputTests(ScriptCase):
+    def test_ctrl_c_shows_the_last_line(self) -> None:
+        """Without block characters there are the numbers; SIGTERM ends it as any program."""
+        picture, numbers = "▕████████████████████▏ ", "Beta(1, 1)  mean 0.5000  sd 0.2887  missed 0"
+        for encoding, line, number, expected in (
+            ("utf-8", picture + numbers, signal.SIGINT, 0),
+            ("ascii", numbers, signal.SIGINT, 0),
+            ("utf-8", picture + numbers, signal.SIGTERM, -signal.SIGTERM),
+        ):
+            with (
+                self.subTest(encoding=encoding, number=number),
+                mock.patch.dict(os.environ, {"PYTHONIOENCODING": encoding}),
+                running("client.py", "--url", self.url) as process,
+            ):
+                said(process, "cannot connect")
+                status, out, err = stop(process, number)
+                self.assertEqual((status, {*out.splitlines()}), (expected, {line}))
+                self.assertNotIn("Traceback", err)
+
+    def test_an_output_that_takes_nothing(self) -> None:
+        """Closed, or that of head, it is passed over in silence; full, it is one line, status 1."""
+        watch = "client.py", "--url", self.url
+        serve = "server.py", "--address", "127.0.0.1", "--port", str(self.port)
+        closed, head = 'exec "$@" >&-', '("$@"; echo status $? >&2) | head -n 1'
+        cases = [(watch, closed, "", 0), (serve, closed, "", 0), (watch, head, "status 0\n", 0)]
+        if os.path.exists("/dev/full"):
+            error = "standard output: [Errno 28] No space left on device\n"
+            # Unbuffered, Python would have nothing left to flush as it exits.
+            cases.append((watch, 'unset PYTHONUNBUFFERED; exec "$@" >/dev/full', error, 1))
+        for arguments, command, line, status in cases:
+            shell = "/bin/sh", "-c", command, "sh", *PYTHON, *arguments
+            with self.subTest(shell=shell), spawned(*shell, stdout=DEVNULL) as process:
+                if command == closed:
+                    if arguments == watch:
+                        said(process, "cannot connect")
+                    else:
+                        wait_until(lambda: accepts(self.port))
+                    process.send_signal(signal.SIGINT)
+                self.assertEqual((remarks(process), process.wait()), (line, status))
