@@ -266,22 +266,21 @@ class Fault(NamedTuple):
     size: int = 2**62  # bytes until the ending
 
 
-def random_faults(rng: random.Random) -> Iterator[Fault]:
+def random_faults() -> Iterator[Fault]:
     """Yield faults of all shapes and endings, for connections that live 0.3 s on average."""
     shapes = ("whole", "whole", "whole", "trickle", "slices", "latency")
     while True:
-        ending = rng.choice(("close", "reset", "cut", "stall"))
-        yield Fault(rng.choice(shapes), rng.uniform(-0.03, 0.6), ending)
+        ending = random.choice(("close", "reset", "cut", "stall"))
+        yield Fault(random.choice(shapes), random.uniform(-0.03, 0.6), ending)
 
 
 class Proxy(Peer):
     """A TCP proxy to a server of this machine; each connection suffers the next of the faults."""
 
-    def __init__(self, url: str, faults: Iterator[Fault], rng: random.Random) -> None:
+    def __init__(self, url: str, faults: Iterator[Fault]) -> None:
         super().__init__()
         self.target = urlsplit(url).port
         self.faults = faults
-        self.rng = rng
 
     async def serve(self, stream: IOStream) -> None:
         """Pass bytes on in both directions, until either side or the fault ends it."""
@@ -306,9 +305,9 @@ class Proxy(Peer):
                     break
                 await self.shape(sink, data, fault.shape)
             if fault.ending == "cut":
-                await sink.write(data[: self.rng.randrange(len(data))])
+                await sink.write(data[: random.randrange(len(data))])
             if fault.ending == "stall":
-                await asyncio.sleep(self.rng.uniform(0.2, 0.8))
+                await asyncio.sleep(random.uniform(0.2, 0.8))
             if fault.ending in ("reset", "stall"):
                 reset(sink)
         finally:
@@ -320,7 +319,7 @@ class Proxy(Peer):
         size = {"trickle": 512, "slices": 1 + len(data) // 500}.get(shape, len(data))
         for start in range(0, len(data), size):
             if shape == "latency":
-                await asyncio.sleep(self.rng.uniform(0.04, 0.06))
+                await asyncio.sleep(random.uniform(0.04, 0.06))
             await sink.write(data[start : start + size])
             await asyncio.sleep(0.02 if shape == "trickle" else 0)
 
@@ -462,25 +461,25 @@ CASES = [
 ]
 
 
-def random_cases(rng: random.Random, count: int) -> Iterator[Case]:
+def random_cases(count: int) -> Iterator[Case]:
     """Yield frames that lie, noise in place of frames, and handshakes with wrong bytes."""
     for number in range(count):
         data = bytearray(request())
         if number % 3 == 0:
-            for _ in range(rng.randrange(1, 6)):
+            for _ in range(random.randrange(1, 6)):
                 data += frame(
-                    rng.choice((0x80, 0x80, 0x80, 0, 0x90, 0xC0)) | rng.randrange(16),
-                    rng.randbytes(rng.choice((0, 1, 2, 50, 130, 2_000))),
-                    masked=rng.random() < 0.9,
-                    length=rng.choice((None, None, None, 5, 126, 2**40)),
+                    random.choice((0x80, 0x80, 0x80, 0, 0x90, 0xC0)) | random.randrange(16),
+                    random.randbytes(random.choice((0, 1, 2, 50, 130, 2_000))),
+                    masked=random.random() < 0.9,
+                    length=random.choice((None, None, None, 5, 126, 2**40)),
                 )
         elif number % 3 == 1:
-            data += rng.randbytes(rng.randrange(1, 300))
+            data += random.randbytes(random.randrange(1, 300))
         else:
             data = bytearray(get("/websocket?epoch=EPOCH&offset=0"))
-            for _ in range(rng.randrange(1, 9)):
-                start = rng.randrange(len(data))
-                data[start : start + rng.randrange(3)] = rng.randbytes(rng.randrange(3))
+            for _ in range(random.randrange(1, 9)):
+                start = random.randrange(len(data))
+                data[start : start + random.randrange(3)] = random.randbytes(random.randrange(3))
         yield Case("W6", f"4.*|505.*|{ENDS}", bytes(data), eof=True)
 
 
@@ -539,11 +538,11 @@ async def storm(
 
     It goes on for at least so many seconds' worth of samples, and so many connections of each.
     """
-    tally, rng = Tally(), random.Random(SEED)
+    tally = Tally()
     handler, client_type = pattern
     async with contextlib.AsyncExitStack() as stack:
         stream = await stack.enter_async_context(serving(handler, **attributes))
-        proxies = [Proxy(stream.url, random_faults(rng), rng) for _ in range(20)]
+        proxies = [Proxy(stream.url, random_faults()) for _ in range(20)]
         for proxy in proxies:
             await stack.enter_async_context(proxy)
         control, *clients = map(client_type, [stream.url, *(proxy.url for proxy in proxies)])
@@ -702,7 +701,8 @@ async def never_reading(
 
 async def measure() -> None:
     """Measure the pair and the plain loop in the same faults, and print the table."""
-    hostile = [*CASES, *random_cases(random.Random(SEED), 200)]
+    random.seed(SEED)
+    hostile = [*CASES, *random_cases(200)]
     stormy = partial(storm, seconds=20, connections=25)
     families: dict[str, Callable[[Pattern], Any]] = {
         "20 clients behind a proxy that resets, cuts, stalls, trickles": stormy,
