@@ -43,8 +43,6 @@ from tests.support import HANDSHAKE, TIMEOUT, Recorder, first_line, fresh_server
 SEED = int(os.environ.get("SEED") or secrets.randbelow(1_000_000))
 LONG = os.environ.get("LONG_TESTS") == "1"
 
-# ------------------------------------------------------------------------- the plain pattern
-
 
 class PlainServer(WebSocketServer):
     """The plain pattern: write to one client after the other, and keep nothing."""
@@ -65,11 +63,11 @@ class PlainClient(Recorder):
     """The plain pattern: read until the connection ends, wait, connect again."""
 
     async def run(self) -> None:
-        self.epoch = "unknown"
         while True:
             connection = None
             try:
                 connection = await websocket_connect(self.url)
+                self.epoch = "unknown"
                 while (message := await connection.read_message()) is not None:
                     self.samples += json.loads(message)
             except Exception:  # noqa: BLE001, S110 - the plain pattern, as it is found
@@ -80,15 +78,18 @@ class PlainClient(Recorder):
             await asyncio.sleep(0.005)
 
 
-# ------------------------------------------------------------------- servers, clients, streams
+Pattern = tuple[type[WebSocketServer], type[Recorder]]
+PAIR: Pattern = WebSocketServer, Recorder
+PLAIN_LOOP: Pattern = PlainServer, PlainClient
 
 
 @dataclasses.dataclass
 class Stream:
-    """A server in this process, and where it listens."""
+    """A server in this process, where it listens, and a healthy client of it."""
 
     server: type[WebSocketServer]
     url: str
+    control: Recorder
     sample: Callable[[int], Any] = int  # the sample at an offset: the offset itself
 
     @property
@@ -99,6 +100,10 @@ class Stream:
     def samples(self) -> list[Any]:
         """All the samples that there have been."""
         return [self.sample(offset) for offset in range(self.end)]
+
+    def more(self, count: int) -> list[Recorder]:
+        """Make so many clients like the healthy one."""
+        return [type(self.control)(self.url) for _ in range(count)]
 
     def send(self, count: int = 1) -> None:
         """Send so many samples."""
@@ -113,15 +118,19 @@ class Stream:
 
 @contextlib.asynccontextmanager
 async def serving(
-    handler: type[WebSocketServer], address: str = "127.0.0.1", **attributes: Any
+    pattern: Pattern = PAIR, address: str = "127.0.0.1", **attributes: Any
 ) -> AsyncIterator[Stream]:
-    """Serve a fresh stream in this event loop, as server.py does."""
+    """Serve a fresh stream in this event loop, as server.py does, to a healthy client."""
+    handler, client_type = pattern
     fresh = fresh_server(handler, clients=WebSocketServer.clients, **attributes)
     with contextlib.redirect_stdout(io.StringIO()) as output:
         task = asyncio.ensure_future(server.serve(make_app(fresh), 0, address))
-        await until(lambda: output.getvalue() or task.done())
+        await until(output.getvalue)
+    stream = Stream(fresh, output.getvalue().strip(), client_type(output.getvalue().strip()))
     try:
-        yield Stream(fresh, output.getvalue().strip())
+        async with following(stream.control):
+            await until(lambda: stream.control.epoch)
+            yield stream
     finally:
         task.cancel()
         await asyncio.wait([task])
@@ -163,9 +172,6 @@ async def ended(process: subprocess.Popen[str]) -> int:
     """Wait until the process has ended, and return its exit code."""
     await until(lambda: process.poll() is not None)
     return process.returncode
-
-
-# ------------------------------------------------------------- raw connections, and their frames
 
 
 @contextlib.asynccontextmanager
@@ -221,9 +227,6 @@ async def close_reason(stream: IOStream) -> str:
         payload = mask(key, await stream.read_bytes(size))
     code = int.from_bytes(payload[:2]) if payload else "no code"
     return f"{code} {payload[2:].decode()}".strip()
-
-
-# ------------------------------------------------------------------ the proxy, the false server
 
 
 class Peer(TCPServer):
@@ -354,9 +357,9 @@ ACCEPTED = (
 )
 
 
-def text(payload: str | bytes) -> bytes:
+def text(payload: bytes) -> bytes:
     """Make the frame of a text message of a server."""
-    return frame(0x81, payload.encode() if isinstance(payload, str) else payload, masked=False)
+    return frame(0x81, payload, masked=False)
 
 
 # ------------------------------------------------------------------ hostile requests and frames
@@ -383,8 +386,12 @@ TWO_LENGTHS = request("Transfer-Encoding: chunked", "Content-Length: 4", line=PO
 DEFLATE = request("Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits")
 NOT_UTF_8 = (b"\xff\xfe", b"\xc0\x80", b"\xed\xa0\x80", b"\xe2\x82")  # overlong, surrogate, half
 CODES = (0, 999, 1004, 1005, 1006, 1015, 2999, 5000, 65_535)  # which nobody may send
-OFFSETS = ["-1", "abc", "", "1_0", "1.0", "%2B1", "%D9%A1%D9%A2", "%FF", "0&offset=x"]
-OFFSETS += ["1" * 16, "0" * 18 + "1", "1" * 5_000, "999999999"]
+ODD = ("-1", "abc", "", "1_0", "1.0", "%2B1", "%D9%A1%D9%A2", "%FF", "0&offset=x", "999999999")
+OFFSETS = [f"&offset={odd}" for odd in (*ODD, "1" * 16, "0" * 18 + "1", "1" * 5_000)] + [""]
+EPOCHS = ["offset=0", "epoch=another&offset=abc"]
+EPOCHS += [f"epoch={epoch}&offset=7" for epoch in ("ffffffff", "", "%FF%FE", "e" * 5_000)]
+ORIGINS = ("http://evil.example", "null", "http://localhost:1")
+SIZES = (100, 100_000)
 
 # The row of the fault, a regular expression for what comes of it, and what follows a handshake.
 FRAMES: list[tuple[str, str, list[bytes]]] = [
@@ -412,21 +419,11 @@ REQUESTS: list[tuple[str, str, list[bytes]]] = [
     ("W14", "400 .*", [PLAIN, request(without="Sec-WebSocket-Key"), request(without="Upgrade")]),
     ("W14", "400 .*|dropped", [b"hello\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n"]),  # TLS
     ("W14", "404 .*", [get(path) for path in ("/elsewhere", "/", "/websocket/x")]),
-    ("W14", "405 .*", [request("Content-Length: 0", line=POST)]),
-    ("W14", "405 .*", [request(line="WATCH /websocket HTTP/1.1")]),
+    ("W14", "405 .*", [request("Content-Length: 0", line=POST), PLAIN.replace(b"GET", b"WATCH")]),
     ("W14", "426 .*", [request("Sec-WebSocket-Version: 8", without="Sec-WebSocket-Version")]),
-    ("I1", "400 offset must be .*", [get("/websocket?epoch=EPOCH")]),
-    ("I1", "400 offset must be .*", [get(f"/websocket?epoch=EPOCH&offset={n}") for n in OFFSETS]),
-    ("I3", "1000.*", [get("/websocket?offset=0") + BYE]),
-    ("I3", "1000.*", [get("/websocket?epoch=another&offset=abc") + BYE]),
-    *(
-        ("I3", "1000.*", [get(f"/websocket?epoch={epoch}&offset=7") + BYE])
-        for epoch in ("ffffffff", "", "%FF%FE", "e" * 5_000)
-    ),
-    *(
-        ("S1", "403 .*", [request(f"Origin: {origin}")])
-        for origin in ("http://evil.example", "null", "http://localhost:1")
-    ),
+    ("I1", "400 offset must be .*", [get(f"/websocket?epoch=EPOCH{offset}") for offset in OFFSETS]),
+    ("I3", "1000.*", [get(f"/websocket?{epoch}") + BYE for epoch in EPOCHS]),
+    ("S1", "403 .*", [request(f"Origin: {origin}") for origin in ORIGINS]),
     ("S1", "1000.*", [request("Origin: http://localhost") + BYE]),
     ("S5", "4.*|dropped", [request(f"X: {'x' * 70_000}"), request(*["X: x"] * 20_000)]),
     ("S5", "400 .*", [TWO_LENGTHS + b"0\r\n\r\n" + PLAIN, request("Content-Length: 1, 2") + b"xx"]),
@@ -434,10 +431,7 @@ REQUESTS: list[tuple[str, str, list[bytes]]] = [
     ("S5", "400 .*", [request("X: a\0b"), request("Host : evil.example")]),
     ("S5", "1000.*", [request("Content-Length: 2048") + bytes(2048) + BYE]),  # read, and ignored
     # It would be 1008 or 1009 if compression had been negotiated.
-    *(
-        ("S8", "dropped", [DEFLATE + frame(0xC2, zlib.compress(bytes(size), wbits=-15))])
-        for size in (100, 100_000)
-    ),
+    ("S8", "dropped", [DEFLATE + frame(0xC2, zlib.compress(bytes(n), wbits=-15)) for n in SIZES]),
 ]
 HALVES = [request() + b"\x81", request() + frame(0x81, b"x", length=100), request(), request()[:16]]
 
@@ -526,11 +520,6 @@ class Tally:
         self.unsaid += abs(lost - client.missed)
 
 
-Pattern = tuple[type[WebSocketServer], type[Recorder]]
-PAIR: Pattern = WebSocketServer, Recorder
-PLAIN_LOOP: Pattern = PlainServer, PlainClient
-
-
 async def storm(
     pattern: Pattern = PAIR, *, seconds: float, connections: int, **attributes: Any
 ) -> Tally:
@@ -539,20 +528,17 @@ async def storm(
     It goes on for at least so many seconds' worth of samples, and so many connections of each.
     """
     tally = Tally()
-    handler, client_type = pattern
-    async with contextlib.AsyncExitStack() as stack:
-        stream = await stack.enter_async_context(serving(handler, **attributes))
+    async with serving(pattern, **attributes) as stream, contextlib.AsyncExitStack() as stack:
         proxies = [Proxy(stream.url, random_faults()) for _ in range(20)]
-        for proxy in proxies:
-            await stack.enter_async_context(proxy)
-        control, *clients = map(client_type, [stream.url, *(proxy.url for proxy in proxies)])
-        await stack.enter_async_context(following(control, *clients))
-        await until(lambda: len(stream.server.clients) == 21)
-        await until(lambda: all(client.epoch for client in (control, *clients)))
+        clients = stream.more(20)
+        for client, proxy in zip(clients, proxies, strict=True):
+            client.url = (await stack.enter_async_context(proxy)).url
+        await stack.enter_async_context(following(*clients))
+        await until(lambda: all(client.epoch for client in clients))
         await stream.flow(lambda: stream.end >= 1000 * seconds)
         await stream.flow(lambda: min(proxy.connections for proxy in proxies) >= connections)
-        await caught_up(stream, control, *clients)
-        tally.noticed = control.samples != stream.samples
+        await caught_up(stream, stream.control, *clients)
+        tally.noticed = stream.control.samples != stream.samples
         for client in clients:
             tally.add(client, range(stream.end))
         tally.connections = sum(proxy.connections for proxy in proxies)
@@ -568,32 +554,28 @@ async def barrage(
 ) -> Tally:
     """Provoke a server with one case after the other, beside a healthy client."""
     tally = Tally(connections=len(cases) + 1)
-    handler, client_type = pattern
-    async with serving(handler) as stream, following(control := client_type(stream.url)):
-        await until(lambda: stream.server.clients)
+    async with serving(pattern) as stream:
         for case in cases:
             answered(case, await provoke(stream, case, patience))
             stream.send()
-        await caught_up(stream, control)
-        tally.add(control, range(stream.end))
+        await caught_up(stream, stream.control)
+        tally.add(stream.control, range(stream.end))
     return tally
 
 
 async def vanishing(pattern: Pattern = PAIR, *, seconds: float, times: int = 1) -> Tally:
     """Let a peer vanish beside ten clients; it is dropped 5 s after it has missed a ping."""
     tally = Tally(connections=11 * times)
-    handler, client_type = pattern
     pings: dict[str, Any] = {"ping_interval": seconds, "ping_timeout": seconds}
     for _ in range(times):
-        async with serving(handler, **pings) as stream, raw(stream.url, request()) as peer:
+        async with serving(pattern, **pings) as stream, raw(stream.url, request()) as peer:
             await peer.read_until(b"\r\n\r\n")
             dropped = asyncio.ensure_future(peer.read_until_close())
-            clients = [client_type(stream.url) for _ in range(10)]
-            async with following(*clients):
+            async with following(*(clients := stream.more(9))):
                 await until(lambda: len(WebSocketServer.clients) == 11)
                 await stream.flow(dropped.done)
-                await caught_up(stream, *clients)
-            for client in clients:
+                await caught_up(stream, stream.control, *clients)
+            for client in (stream.control, *clients):
                 tally.add(client, range(stream.end))
     return tally
 
@@ -601,17 +583,13 @@ async def vanishing(pattern: Pattern = PAIR, *, seconds: float, times: int = 1) 
 async def crowd(pattern: Pattern = PAIR, *, late: int = 10_000) -> Tally:
     """Let 500 clients come at once, so many samples late, and ask for all of them."""
     tally = Tally(connections=501)
-    handler, client_type = pattern
-    async with serving(handler) as stream, following(control := client_type(stream.url)):
-        await until(lambda: stream.server.clients)
+    async with serving(pattern) as stream:
         stream.send(late)
-        await caught_up(stream, control)
-        clients = [client_type(stream.url) for _ in range(500)]
-        async with following(*clients):
+        async with following(*(clients := stream.more(500))):
             await until(lambda: len(stream.server.clients) == 501)
             stream.send(100)
-            await caught_up(stream, control, *clients)
-        for client in (control, *clients):
+            await caught_up(stream, stream.control, *clients)
+        for client in (stream.control, *clients):
             tally.add(client, range(stream.end))
     return tally
 
@@ -694,9 +672,6 @@ async def never_reading(
             count = len(control.samples)
             await until(lambda: len(control.samples) > count)  # and it still streams
     return after - before, control
-
-
-# --------------------------------------------------------------------------------- the table
 
 
 async def measure() -> None:

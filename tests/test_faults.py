@@ -36,7 +36,6 @@ from tornado.websocket import websocket_connect
 import client
 import server
 from client import BetaBinomial, WebSocketClient
-from server import WebSocketServer
 from tests import faults
 from tests.faults import LONG, SEED, FakeServer, Fault, Proxy, Stream, following, raw, serving
 from tests.support import PairCase, Recorder, first_line, running, until
@@ -46,7 +45,8 @@ ANYWHERE = ("--port", "0", "--address", "127.0.0.1")
 
 def message(epoch: str | None, offset: int, samples: list[int]) -> bytes:
     """Make a message of the protocol."""
-    return faults.text(json.dumps({"epoch": epoch, "offset": offset, "samples": samples}))
+    text = json.dumps({"epoch": epoch, "offset": offset, "samples": samples})
+    return faults.text(text.encode())
 
 
 def head(status: str) -> bytes:
@@ -67,14 +67,10 @@ class FaultCase(PairCase):
 
     @contextlib.asynccontextmanager
     async def healthy(self, **options: Any) -> AsyncIterator[Stream]:
-        """Serve; in the end a healthy client must have seen every sample in order."""
-        async with (
-            serving(WebSocketServer, **options) as stream,
-            following(control := Recorder(stream.url)),
-        ):
-            await until(lambda: control.epoch)
+        """Serve; in the end the healthy client must have seen every sample in order."""
+        async with serving(**options) as stream:
             yield stream
-            await self.whole(control, stream)
+            await self.whole(stream.control, stream)
 
     async def whole(self, client: Recorder, stream: Stream) -> None:
         """Wait until a client has caught up: it must have seen every sample in order."""
@@ -127,11 +123,11 @@ class NetworkTests(FaultCase):
         for address in addresses:
             if address == "::1" and not socket.has_dualstack_ipv6():
                 self.skipTest("there is no IPv6")
-            async with serving(WebSocketServer, address) as stream:
+            async with self.healthy(address=address) as stream:
+                stream.send(10)
                 client = Recorder(f"ws://localhost:{urlsplit(stream.url).port}/websocket")
                 async with following(client):
-                    stream.send(10)
-                    await faults.at(client, 10)
+                    await self.whole(client, stream)
 
     @gen_test(timeout=180)
     async def test_storms(self) -> None:
@@ -428,7 +424,7 @@ class HistoryTests(FaultCase):
         for _ in range(random.randrange(1, 10)):
             kind = random.choice(("new run", "overlap", "gap", "repeat", "nonsense", *["next"] * 4))
             if kind == "nonsense":
-                yield faults.text("nonsense")
+                yield faults.text(b"nonsense")
                 return  # what came just before it may be asked for again
             run += kind == "new run"
             offset = {
