@@ -108,10 +108,10 @@ class Stream:
         """Send so many samples."""
         self.server.send_message([self.sample(self.end + n) for n in range(count)])
 
-    async def flow(self, condition: Callable[[], object], batch: int = 10) -> None:
-        """Send a batch every 10 ms until the condition holds, however slow the machine is."""
+    async def flow(self, condition: Callable[[], object]) -> None:
+        """Send ten samples every 10 ms until the condition holds, however slow the machine is."""
         while not condition():
-            self.send(batch)
+            self.send(10)
             await asyncio.sleep(0.01)
 
 
@@ -157,14 +157,9 @@ async def quiet(clients: Sequence[Recorder]) -> None:
 async def caught_up(stream: Stream, *clients: Recorder) -> None:
     """Wait until the clients stand at the end; until they are quiet, if they cannot know that."""
     plain = [client for client in clients if isinstance(client, PlainClient)]
-    for client in {*clients} - {*plain}:
-        await at(client, stream.end)
+    others = {*clients} - {*plain}
+    await until(lambda: all(client.position >= stream.end for client in others), timeout=90)
     await quiet(plain)
-
-
-async def at(client: WebSocketClient, position: int) -> None:
-    """Wait until the client stands at this position or beyond."""
-    await until(lambda: client.position >= position)
 
 
 @contextlib.asynccontextmanager
@@ -249,8 +244,7 @@ class Peer(TCPServer):
         stream.close()
 
     async def serve(self, stream: IOStream) -> None:
-        """Serve a connection."""
-        raise NotImplementedError
+        """Do to a connection what is to be done to it."""
 
 
 class Fault(NamedTuple):
@@ -355,9 +349,6 @@ def text(payload: bytes) -> bytes:
     return frame(0x81, payload, masked=False)
 
 
-# ------------------------------------------------------------------ hostile requests and frames
-
-
 def request(*more: str, line: str = "GET /websocket HTTP/1.1", without: str = "nothing") -> bytes:
     """Make a handshake with further header lines, or without one of the usual ones."""
     usual = HANDSHAKE.decode().strip().split("\r\n")[1:]
@@ -398,9 +389,8 @@ FRAMES: list[tuple[str, str, list[bytes]]] = [
     ("W6", "dropped", [frame(0x81 | bits, b"x") for bits in (0x10, 0x20, 0x40, 0x70)]),
     ("W6", "dropped", [frame(0x80 | n, b"x") for n in (3, 4, 5, 6, 7, 11, 12, 13, 14, 15)]),
     ("W6", "dropped", [frame(0x89, bytes(126)), frame(0x89, bytes(2**16))]),
-    ("W6", "dropped", [frame(0x88, b"\x03\xe8" + bytes(124)), frame(0x08)]),
+    ("W6", "dropped", [frame(0x88, b"\x03\xe8" + bytes(124)), frame(0x08), frame(1) + frame(0x81)]),
     ("W6", "dropped", [frame(0x09, b"x"), frame(0x0A, b"x"), frame(0x80, b"x"), frame(0, b"x")]),
-    ("W6", "dropped", [frame(0x01, b"x") + frame(0x81)]),
     ("W6", ENDS, [frame(0x88, b"\x03"), frame(0x88, b"\x03\xe8\xff")]),
     ("W6", ENDS, [frame(0x88, code.to_bytes(2)) for code in CODES]),
     ("W6", ENDS, [BYE + BYE, BYE + frame(0x81, b"x"), frame(0x8A, b"x") + BYE, request()]),
@@ -471,14 +461,14 @@ def random_cases(count: int) -> Iterator[Case]:
         yield Case("W6", f"4.*|505.*|{ENDS}", bytes(data), eof=True)
 
 
-async def provoke(stream: Stream, case: Case, patience: float) -> str:
+async def provoke(stream: Stream, case: Case) -> str:
     """Send something hostile; return the status, or how that connection ended after 101."""
     data = case.data.replace(b"EPOCH", stream.server.epoch.encode())
     async with raw(stream.url, data) as peer:
         if case.eof:
             peer.socket.shutdown(socket.SHUT_WR)
         try:
-            async with asyncio.timeout(patience):
+            async with asyncio.timeout(TIMEOUT):
                 head = (await peer.read_until(b"\r\n\r\n")).decode()
                 status = head.partition("\r\n")[0].partition(" ")[2]
                 return await close_reason(peer) if status.startswith("101") else status
@@ -486,9 +476,6 @@ async def provoke(stream: Stream, case: Case, patience: float) -> str:
             return "dropped"
         except TimeoutError:
             return "still open"
-
-
-# ------------------------------------------------------------------- the families of faults
 
 
 @dataclasses.dataclass
@@ -501,7 +488,7 @@ class Tally:
     doubled: int = 0  # or out of order
     missed: int = 0  # those of the lost that the clients have said to be missed
     unsaid: int = 0  # by how many what each client has lost differs from what it has said
-    noticed: bool = False  # whether the healthy client has lost, doubled or misplaced one
+    noticed: bool = False  # whether the healthy client lost one, or a goodbye was none
 
     def add(self, client: Recorder, wanted: Sequence[int]) -> None:
         """Count what a client has seen, number by number."""
@@ -541,13 +528,12 @@ async def barrage(
     *,
     cases: Sequence[Case],
     answered: Callable[[Case, str], None] = lambda case, outcome: None,
-    patience: float = TIMEOUT,
 ) -> Tally:
     """Provoke a server with one case after the other, beside a healthy client."""
     tally = Tally(connections=len(cases) + 1)
     async with serving(pattern) as stream:
         for case in cases:
-            answered(case, await provoke(stream, case, patience))
+            answered(case, await provoke(stream, case))
             stream.send()
         await caught_up(stream, stream.control)
         tally.add(stream.control, range(stream.end))
@@ -597,8 +583,11 @@ def serving_numbers(
 async def serve(name: str, first: str, port: str, interval: str, batch: str) -> None:
     """Serve a stream of numbers with a handler by its dotted name."""
     handler, numbers = import_object(name), itertools.count(int(first))
-    batches = iter(lambda: [next(numbers) for _ in range(int(batch))], None)
-    PeriodicCallback(lambda: handler.send_message(next(batches)), float(interval)).start()
+
+    def tick() -> None:
+        handler.send_message([next(numbers) for _ in range(int(batch))])
+
+    PeriodicCallback(tick, float(interval)).start()
     await server.serve(make_app(handler), int(port), "127.0.0.1")
 
 
@@ -622,8 +611,7 @@ async def bounces(
                     code = await asyncio.to_thread(process.wait)
                 await quiet(clients)  # what is on its way when the server ends still comes
                 ends = {client.samples[-1] for client in clients}
-                if number == signal.SIGTERM and (code != 0 or len(ends) > 1):
-                    raise AssertionError(f"exit code {code}, and a goodbye at {ends}")
+                tally.noticed |= number == signal.SIGTERM and (code != 0 or len(ends) > 1)
     for client in clients:
         runs = itertools.groupby(client.samples, lambda number: number // 1_000_000)
         seen = [(run * 1_000_000, max(numbers)) for run, numbers in runs]
@@ -642,7 +630,6 @@ async def never_reading(
 ) -> tuple[float, Recorder]:
     """Let ten peers never read 100 batches/s; return the server's growth in MB, and a client."""
     handler, client_type = pattern
-    loop = asyncio.get_running_loop()
     async with contextlib.AsyncExitStack() as stack:
         process = stack.enter_context(serving_numbers(handler, interval=10, batch=batch))
         url = first_line(process)
@@ -651,8 +638,7 @@ async def never_reading(
         async with following(control := client_type(url)):
             await until(lambda: len(control.samples) > 25_000)  # the history is full
             before = after = memory(process)
-            end = loop.time() + seconds
-            while loop.time() < end:
+            for _ in range(int(10 * seconds)):
                 await asyncio.sleep(0.1)
                 after = max(after, memory(process))
             count = len(control.samples)
@@ -669,7 +655,7 @@ async def measure() -> None:
         "20 clients behind a proxy that resets, cuts, stalls, trickles": stormy,
         "the same with a history of only 50 samples": partial(stormy, history_size=50),
         f"{len(hostile)} hostile requests and frames, beside one healthy client": partial(
-            barrage, cases=hostile, patience=1
+            barrage, cases=hostile
         ),
         "a peer that vanishes, beside ten healthy clients; five times": partial(
             vanishing, seconds=1, times=5
