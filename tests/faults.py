@@ -57,6 +57,9 @@ class PlainServer(WebSocketServer):
     def catch_up(self) -> None:
         pass
 
+    def on_message(self, message: str | bytes) -> None:
+        pass
+
 
 class PlainClient(Recorder):
     """The plain pattern: read until the connection ends, wait, connect again."""
@@ -194,13 +197,8 @@ def frame(
     size = len(payload) if length is None else length
     short, width = (size, 0) if size < 126 else (126, 2) if size < 2**16 else (127, 8)
     head = bytes([first, masked << 7 | short]) + (size.to_bytes(width) if width else b"")
-    key = b"\x01\x02\x03\x04"
-    return head + key + mask(key, payload) if masked else head + payload
-
-
-def mask(key: bytes, payload: bytes) -> bytes:
-    """Mask a payload, or unmask it."""
-    return bytes(byte ^ key[i % 4] for i, byte in enumerate(payload))
+    key = bytes(4) if masked else b""  # a mask of zeros, which changes nothing
+    return head + key + payload
 
 
 async def close_reason(stream: IOStream) -> str:
@@ -212,7 +210,8 @@ async def close_reason(stream: IOStream) -> str:
         if size > 125:
             size = int.from_bytes(await stream.read_bytes(2 if size == 126 else 8))
         key = await stream.read_bytes(4) if second & 128 else bytes(4)
-        payload = mask(key, await stream.read_bytes(size))
+        payload = await stream.read_bytes(size)
+        payload = bytes(byte ^ key[i % 4] for i, byte in enumerate(payload))
     code = int.from_bytes(payload[:2]) if payload else "no code"
     return f"{code} {payload[2:].decode()}".strip()
 

@@ -1,8 +1,7 @@
 """Faults and hostile input, each beside a healthy client that must notice nothing.
 
-Docstrings and subtests begin with the number of a fault, and samples are their own offsets. What
-one message, one option or one line of output must be is left to the other modules. SEED repeats a
-failure; LONG_TESTS=1 runs the storms at full length.
+What one message, one option or one line of output must be is left to the other modules. A test
+begins with the number of its fault. SEED repeats a failure; LONG_TESTS=1 takes the full time.
 """
 
 import asyncio
@@ -126,7 +125,7 @@ class NetworkTests(FaultCase):
                 async with following(client):
                     await self.whole(client, stream)
 
-    @gen_test(timeout=180)
+    @gen_test(timeout=400)
     async def test_storms(self) -> None:
         """N12: twenty clients that flap lose nothing; with a short history, what they say they do."""
         size: Any = {"seconds": 20, "connections": 25} if LONG else {"seconds": 1, "connections": 2}
@@ -152,7 +151,7 @@ class ProcessTests(FaultCase):
         goodbyes = log.count("closed by the server: 1001 'going away'; next try in")
         self.assertEqual(goodbyes, 20 * signals.count(signal.SIGTERM))
 
-    @gen_test(timeout=240)
+    @gen_test(timeout=400)
     async def test_two_signals_at_once(self) -> None:
         """P16: two signals that come 0 to 3 ms apart always end the server."""
         for _ in range(100 if LONG else 20):
