@@ -457,14 +457,14 @@ def random_cases(count: int) -> Iterator[Case]:
         yield Case("W6", f"4.*|505.*|{ENDS}", bytes(data), eof=True)
 
 
-async def provoke(stream: Stream, case: Case) -> str:
+async def provoke(stream: Stream, case: Case, patience: float) -> str:
     """Send something hostile; return the status, or how that connection ended after 101."""
     data = case.data.replace(b"EPOCH", stream.server.epoch.encode())
     async with raw(stream.url, data) as peer:
         if case.eof:
             peer.socket.shutdown(socket.SHUT_WR)
         try:
-            async with asyncio.timeout(TIMEOUT):
+            async with asyncio.timeout(patience):
                 head = (await peer.read_until(b"\r\n\r\n")).decode()
                 status = head.partition("\r\n")[0].partition(" ")[2]
                 return await close_reason(peer) if status.startswith("101") else status
@@ -524,12 +524,13 @@ async def barrage(
     *,
     cases: Sequence[Case],
     answered: Callable[[Case, str], None] = lambda case, outcome: None,
+    patience: float = TIMEOUT,
 ) -> Tally:
     """Provoke a server with one case after the other, beside a healthy client."""
     tally = Tally(connections=len(cases) + 1)
     async with serving(pattern) as stream:
         for case in cases:
-            answered(case, await provoke(stream, case))
+            answered(case, await provoke(stream, case, patience))
             stream.send()
         await caught_up(stream, stream.control)
         tally.add(stream.control, range(stream.end))
@@ -559,7 +560,7 @@ async def crowd(pattern: Pattern = PAIR, *, late: int = 10_000) -> Tally:
     async with serving(pattern) as stream:
         stream.send(late)
         async with following(*(clients := stream.more(500))):
-            await until(lambda: len(stream.server.clients) == 501)
+            await until(lambda: len(stream.server.clients) == 501, timeout=90)
             stream.send(100)
             await caught_up(stream, stream.control, *clients)
         for client in (stream.control, *clients):
@@ -651,7 +652,7 @@ async def measure() -> None:
         "20 clients behind a proxy that resets, cuts, stalls, trickles": stormy,
         "the same with a history of only 50 samples": partial(stormy, history_size=50),
         f"{len(hostile)} hostile requests and frames, beside one healthy client": partial(
-            barrage, cases=hostile
+            barrage, cases=hostile, patience=1
         ),
         "a peer that vanishes, beside ten healthy clients; five times": partial(
             vanishing, seconds=1, times=5
