@@ -40,9 +40,9 @@ def fresh_server(
     return type("FreshServer", (handler,), {"clients": set()} | attributes)
 
 
-async def until(condition: Callable[[], object]) -> None:
+async def until(condition: Callable[[], object], timeout: float = TIMEOUT) -> None:
     """Let the event loop run until the condition holds."""
-    deadline = time.monotonic() + TIMEOUT
+    deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:
             raise AssertionError("the condition did not come true")
@@ -171,12 +171,11 @@ class PairCase(AsyncTestCase):
 
 
 @contextlib.contextmanager
-def running(script: str, *options: str) -> Iterator[subprocess.Popen[str]]:
-    """Run server.py or client.py as a user would, with pipes for both outputs; kill it at the end."""
-    command = [sys.executable, "-W", "error", str(ROOT / script), *options]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
-    ) as process:
+def running(*arguments: str, **outputs: Any) -> Iterator[subprocess.Popen[str]]:
+    """Run Python, such as a script with its options; pipe both outputs, and kill it at the end."""
+    command = [sys.executable, "-W", "error", *arguments]
+    outputs = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | outputs
+    with subprocess.Popen(command, text=True, cwd=ROOT, **outputs) as process:
         try:
             yield process
         finally:
