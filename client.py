@@ -62,14 +62,14 @@ class WebSocketClient:
         parts = urlsplit(url)
         possible = parts.scheme in ("ws", "wss") and parts.hostname and parts.port != 0
         if not possible or "@" in parts.netloc or not url.isprintable():
-            raise ValueError("not a URL such as ws://localhost:8765/websocket, without a user")
+            raise ValueError("the URL must be like ws://localhost:8765/websocket, without a user")
         if not retry_delay > 0:
             raise ValueError(f"retry_delay must be above 0, not {retry_delay}")
         self.url, self.retry_delay = url, retry_delay
         self.posterior = BetaBinomial()
         self.epoch: str | None = None  # which run of the server the position is in
-        self.position = self.missed = 0  # the next offset; what can never come
-        self._task: asyncio.Task[None] | None = None  # where run runs; None once it is to end
+        self.position = self.missed = 0  # the next offset; how many can never come
+        self._task: asyncio.Task[None] | None = None  # that of run; None once it is to end
         self._thread: threading.Thread | None = None
 
     def __str__(self) -> str:
@@ -94,7 +94,7 @@ class WebSocketClient:
         if threading.current_thread() is self._thread:
             raise RuntimeError("the client's own thread cannot start it")
         if self._task is None or self._task.done():
-            self.stop()  # whose thread may still be ending
+            self.stop()  # the thread of an earlier start may still be ending
             # With a factory: a bare Runner would replace the event loop of the calling thread.
             runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
             task = self._task = runner.get_loop().create_task(self.run())
@@ -104,6 +104,7 @@ class WebSocketClient:
     def _listen(self, runner: asyncio.Runner, task: asyncio.Task[None]) -> None:
         with runner, contextlib.suppress(asyncio.CancelledError):
             runner.get_loop().run_until_complete(task)
+        gc.collect()  # closes the socket that Tornado leaves open after a broken handshake
 
     def stop(self) -> None:
         """End `start` or `run`, and wait for the thread; `on_message` may call it, too."""
@@ -112,10 +113,9 @@ class WebSocketClient:
             task.get_loop().call_soon_threadsafe(task.cancel)
         if self._thread and self._thread is not threading.current_thread():
             self._thread.join()
-            gc.collect()  # closes the socket that Tornado leaves open after a broken handshake
 
     async def run(self) -> None:
-        """Follow the stream in the event loop that is there already, until `stop` cancels it."""
+        """Follow the stream in the event loop that is there; `stop` ends it with CancelledError."""
         self._task = asyncio.current_task()
         self._limit = self.retry_delay
         while True:
@@ -137,10 +137,10 @@ class WebSocketClient:
             handshake: Any = asyncio.ensure_future(websocket.websocket_connect(request, **options))
             await asyncio.wait([handshake])
             connection = handshake.result()
-        except asyncio.CancelledError:  # Tornado goes on with the handshake all the same
+        except asyncio.CancelledError:  # which does not end Tornado's handshake
             handshake.add_done_callback(lambda done: done.exception() or done.result().close(1000))
             raise
-        except Exception as error:  # noqa: BLE001 - the text of an unknown one may quote a token
+        except Exception as error:  # noqa: BLE001 - the text of others may hold a token
             known = (OSError, httpclient.HTTPClientError, websocket.WebSocketError)
             return f"cannot connect: {error if isinstance(error, known) else type(error).__name__}"
         log.info("connected to %s", self.url.partition("?")[0])
@@ -195,7 +195,7 @@ class WebSocketClient:
             if isinstance(result, (Awaitable, Generator, AsyncGenerator)):
                 raise TypeError("on_message must be no coroutine and no generator")
             self.position += len(samples)
-        self._limit = self.retry_delay
+        self._limit = self.retry_delay  # a message was taken, so the next failure is a first one
 
 
 def _show(client: WebSocketClient) -> None:
@@ -213,7 +213,7 @@ def watch(client: WebSocketClient) -> None:
     logging.basicConfig(level="INFO", format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     # Tornado has a traceback for a handshake that it cannot accept, where one line is enough.
     logging.getLogger("tornado").setLevel(logging.CRITICAL)
-    with contextlib.suppress(KeyboardInterrupt):  # the first one, and one while it stops
+    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C, and another one while it stops
         try:
             client.start()
             while client._task and not client._task.done():
@@ -222,7 +222,7 @@ def watch(client: WebSocketClient) -> None:
         finally:
             logging.getLogger("tornado").setLevel(logging.NOTSET)
             client.stop()
-    _show(client)
+            _show(client)
 
 
 def main(client_type: type[WebSocketClient] = WebSocketClient) -> None:
