@@ -30,7 +30,7 @@ class RandomBernoulli:
 
 
 class WebSocketServer(websocket.WebSocketHandler):
-    """An instance is one client; the class holds the log that all share, a subclass its own."""
+    """An instance is one client; the class holds the log that all share. A subclass has its own."""
 
     clients: ClassVar[set["WebSocketServer"]] = set()  # those of all streams together
     max_clients = 900  # Linux lets a process open 1,024 files
@@ -54,7 +54,7 @@ class WebSocketServer(websocket.WebSocketHandler):
         Call it in the event loop's thread; what is refused changes nothing. Clients miss samples if
         more than `history_size` come before the event loop runs again.
         """
-        asyncio.get_running_loop()
+        asyncio.get_running_loop()  # RuntimeError in any other thread
         if not isinstance(samples, list):
             raise TypeError(f"samples must be a list, not {samples!r:.80}")
         cls.history += json.loads(json.dumps(samples, allow_nan=False))  # the log's own copy
@@ -97,7 +97,7 @@ class WebSocketServer(websocket.WebSocketHandler):
             self.write_message(self.message(offset, end)).add_done_callback(self.written)
             self.position = end
         except Exception as error:  # noqa: BLE001 - whatever is wrong, it costs the others nothing
-            if self.ws_connection:  # it is not closing yet
+            if not isinstance(error, websocket.WebSocketClosedError):  # which is closing already
                 log.warning("client %s dropped: %r", self.request.remote_ip, error)
             self.close()
 
@@ -112,7 +112,7 @@ class WebSocketServer(websocket.WebSocketHandler):
 
     def on_close(self) -> None:
         self.clients.discard(self)
-        log.info("client %s closed, %d in all", self.request.remote_ip, len(self.clients))
+        log.info("client %s closed, %d left", self.request.remote_ip, len(self.clients))
 
 
 def make_app(handler: type[WebSocketServer] = WebSocketServer) -> web.Application:
@@ -125,7 +125,7 @@ async def serve(
     app: web.Application, port: int = 8765, address: str = "localhost", ssl_options: Any = None
 ) -> None:
     """Print the URL and serve until cancelled, then tell all clients that the server goes away."""
-    if not address or not 0 <= port <= 65_535:  # empty, it would be every network interface
+    if not address or not 0 <= port <= 65_535:  # an empty one would be every interface
         raise ValueError(f"address must not be empty, port from 0 to 65535: {address!r}, {port}")
     host = f"[{address}]" if ":" in address else address
     try:
@@ -138,7 +138,7 @@ async def serve(
     port = sockets[0].getsockname()[1]
     try:
         print(f"{'wss' if ssl_options else 'ws'}://{host}:{port}/websocket", flush=True)
-        await asyncio.Event().wait()
+        await asyncio.Event().wait()  # for ever
     finally:
         server.stop()
         while WebSocketServer.clients:
@@ -168,13 +168,13 @@ async def main() -> None:
         parser.exit(1 if isinstance(error, OSError) else 2, f"{parser.prog}: error: {error}\n")
 
 
-def run(main: Any) -> None:
-    """Set up the log and run `main`; Ctrl-C or SIGTERM cancels it, and a second one its goodbye."""
+def run(coroutine: Any) -> None:
+    """Set up logging and run main() until Ctrl-C or SIGTERM; a second one ends its goodbye."""
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     log.setLevel(logging.INFO)
     with asyncio.Runner() as runner, contextlib.suppress(asyncio.CancelledError):
         loop = runner.get_loop()
-        task = loop.create_task(main)
+        task = loop.create_task(coroutine)
         for number in signal.SIGINT, signal.SIGTERM:
             signal.signal(number, lambda *_: task.done() or loop.call_soon_threadsafe(task.cancel))
         loop.run_until_complete(task)
