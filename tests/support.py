@@ -1,10 +1,9 @@
-"""What several test modules share: fresh servers, scripts as subprocesses, blocks of the README."""
+"""What several test modules share: fresh servers, scripts as subprocesses."""
 
 import asyncio
 import contextlib
 import gc
 import logging
-import re
 import socket
 import subprocess
 import sys
@@ -189,11 +188,3 @@ def first_line(process: subprocess.Popen[str]) -> str:
     if not line:
         raise AssertionError("the process has ended")
     return line.rstrip("\n")
-
-
-def readme_blocks(heading: str, language: str) -> list[str]:
-    """Return the fenced blocks in this language between a heading of README.md and the next."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    parts = re.split(r"^##+ (.+)$", text, flags=re.MULTILINE)
-    sections = dict(zip(parts[1::2], parts[2::2], strict=True))
-    return re.findall(rf"^```{language}\n(.*?)^```$", sections[heading], re.MULTILINE | re.DOTALL)

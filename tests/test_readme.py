@@ -13,7 +13,7 @@ import client
 import server
 from client import BetaBinomial, WebSocketClient
 from server import WebSocketServer
-from tests.support import ROOT
+from tests.support import ROOT, Recorder, first_line, running, wait_until
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -52,6 +52,17 @@ class ReadmeTests(unittest.TestCase):
         stated = set(re.findall(r"tests/recipes/(\w+)\.py", table))
         files = {path.stem for path in (ROOT / "tests" / "recipes").glob("*.py")} - {"__init__"}
         self.assertEqual(stated, files)
+
+    def test_source_of_ones_own_is_a_program(self) -> None:
+        """The source that the README shows sends its prices to a client."""
+        source = README.partition("```python\n")[2].partition("```")[0]
+        with running("-c", source.replace("make_app()", "make_app(), 0")) as process:
+            recorder = Recorder(first_line(process))
+            recorder.start()
+            try:
+                wait_until(lambda: recorder.samples == [101.5, 101.7, 101.4])
+            finally:
+                recorder.stop()
 
     def test_options_exist(self) -> None:
         """Every option after server.py or client.py is one of that script."""
