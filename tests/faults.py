@@ -1,7 +1,7 @@
 """A proxy that misbehaves, a server that lies, hostile bytes, and the plain loop to compare with.
 
 What must come of each fault stands in test_faults.py. `python -m tests.faults` prints the table
-of README.md; `python -m tests.faults serve ...` serves numbers.
+of tests/README.md; `python -m tests.faults serve ...` serves numbers.
 """
 
 import asyncio
