@@ -189,7 +189,7 @@ class ProgramTests(RecipeCase):
             ("private server CERTIFICATE KEY", 2, r"\A.*: error: TOKEN must be set to ASCII.*\n\Z"),
             ("page 99999", 2, rf"{usage}.*: error: .*port from 0 to 65535.*\n\Z"),
             ("events x", 2, rf"{usage}.*: error: .*invalid int value.*\n\Z"),
-            ("relay --url http://localhost", 2, rf"{usage}.*: error: not a URL.*\n\Z"),
+            ("relay --url http://localhost", 2, rf"{usage}.*: error: the URL must.*\n\Z"),
             ("set_p KEY 1 --url http://localhost", 2, rf"{usage}.*: error: the URL must .*\n\Z"),
             ("growing_file .", 1, r"\A.*: error: .*Is a directory.*\n\Z"),
             ("notebook", 1, r"\AIn a notebook: a picture"),  # what it is for
