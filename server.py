@@ -97,7 +97,7 @@ class WebSocketServer(websocket.WebSocketHandler):
             self.write_message(self.message(offset, end)).add_done_callback(self.written)
             self.position = end
         except Exception as error:  # noqa: BLE001 - whatever is wrong, it costs the others nothing
-            if not isinstance(error, websocket.WebSocketClosedError):  # which is closing already
+            if not isinstance(error, websocket.WebSocketClosedError):  # it is not closing yet
                 log.warning("client %s dropped: %r", self.request.remote_ip, error)
             self.close()
 
