@@ -147,13 +147,12 @@ class WebSocketClient:
         frame: str | bytes | None = ""
         try:
             while (frame := await frames.get()) is not None:
-                await self._receive(frame)
+                if not await self._receive(frame):
+                    return f"cannot understand {frame[:80]!r}"
                 if frames.empty():
                     self._hand_over()
             if self._samples:
                 self._hand_over()
-        except ConnectionAbortedError as error:
-            return str(error)
         except Exception:
             log.exception("on_message failed")
             return "on_message failed"
@@ -164,15 +163,15 @@ class WebSocketClient:
         code, text = connection.close_code, connection.close_reason
         return f"closed by the server: {code} {text!r}" if code else "connection lost"
 
-    async def _receive(self, frame: str | bytes) -> None:
-        """Take one message apart, and gather what is new in it."""
+    async def _receive(self, frame: str | bytes) -> bool:
+        """Take one message apart, and gather what is new in it; tell whether it was understood."""
         try:
             message = json.loads(frame)
             epoch, offset, samples = message["epoch"], message["offset"], message["samples"]
             if [*map(type, (frame, epoch, offset, samples))] != [str, str, int, list] or offset < 0:
                 raise TypeError
-        except Exception as error:
-            raise ConnectionAbortedError(f"cannot understand {frame[:80]!r}") from error
+        except Exception:  # noqa: BLE001 - whatever is wrong with it, it is not of this protocol
+            return False
         if self._samples and (epoch != self.epoch or offset > self.position + len(self._samples)):
             self._hand_over()  # what follows begins at another position
             await asyncio.sleep(0)  # a turn of the event loop, in which stop takes effect
@@ -186,6 +185,7 @@ class WebSocketClient:
             self.missed += offset - position
             self.position = offset
         self._samples += samples[max(0, position - offset) :]  # those before were taken already
+        return True
 
     def _hand_over(self) -> None:
         """Let on_message have what was gathered; then the position moves past it."""

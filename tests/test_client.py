@@ -240,6 +240,9 @@ class RuleTests(ClientCase):
     async def test_what_on_message_refuses_comes_again(self) -> None:
         """An exception, or a result that would run later: a traceback, and the same samples."""
 
+        def send_elsewhere(samples: list[Any]) -> None:
+            raise ConnectionAbortedError("another connection, of on_message itself")
+
         async def coroutine(samples: list[Any]) -> None:
             pass
 
@@ -249,6 +252,7 @@ class RuleTests(ClientCase):
         late = "TypeError: on_message must be no coroutine and no generator"
         cases: list[tuple[Callable[[list[Any]], Any], str]] = [
             (BetaBinomial().update, r"ValueError: samples must be 0 or 1, not \[2\]"),
+            (send_elsewhere, "ConnectionAbortedError: another connection, of on_message itself"),
             (lambda samples: (sample for sample in samples), late),
             (coroutine, late),
             (async_generator, late),
