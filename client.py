@@ -42,7 +42,7 @@ class BetaBinomial(NamedTuple):
         return BetaBinomial(self.alpha + ones, self.beta + zeros)
 
     def density(self, width: int) -> str:
-        """Draw the density over 0..1 with so many block characters, scaled to its maximum."""
+        """Draw the density over 0..1 with `width` block characters, scaled to its maximum."""
         grid = [(column + 0.5) / width for column in range(width)]
         logs = [(self.alpha - 1) * math.log(x) + (self.beta - 1) * math.log(1 - x) for x in grid]
         return "".join(" ▁▂▃▄▅▆▇█"[round(8 * math.exp(y - max(logs)))] for y in logs)
@@ -55,7 +55,7 @@ class WebSocketClient:
     """A position in the stream at a ws:// or wss:// URL, and the posterior of what has come so far.
 
     `retry_delay`, in seconds, limits the wait for the first retry; each further one doubles the
-    limit, up to 30 s. Set `posterior`, `epoch`, `position` and `missed` to go on from there.
+    limit, up to 30 s. To go on from there, set `posterior`, `epoch`, `position`, `missed` first.
     """
 
     def __init__(self, url: str, retry_delay: float = 3) -> None:
@@ -68,7 +68,7 @@ class WebSocketClient:
         self.url, self.retry_delay = url, retry_delay
         self.posterior = BetaBinomial()
         self.epoch: str | None = None  # which run of the server the position is in
-        self.position = self.missed = 0  # the next offset; how many can never come
+        self.position = self.missed = 0  # the offset of the next sample; how many never came
         self._task: asyncio.Task[None] | None = None  # that of run; None once it is to end
         self._thread: threading.Thread | None = None
 
@@ -78,10 +78,10 @@ class WebSocketClient:
     def on_message(self, samples: list[Any]) -> Any:
         """Update the posterior. Replace this method to do something else with the samples.
 
-        They come once and in order, first those of the history, in a list that is never empty, from
-        `position` on in `epoch`, in the thread of the client. After an exception the same ones come
-        again, for ever: catch what may be wrong with a single one. Change your own state last, by
-        replacing it, since other threads read it. A coroutine or a generator is refused.
+        Each comes once and in order, first those of the history; the list is never empty. In here,
+        `epoch` and `position` are those of its first; to save a position, add len(samples). After
+        an exception the same come again, for ever: catch what may be wrong with a single one.
+        Other threads read your state, so replace it, at the end. No `async def`, and no `yield`.
         """
         self.posterior = self.posterior.update(samples)
 
@@ -95,13 +95,13 @@ class WebSocketClient:
             raise RuntimeError("the client's own thread cannot start it")
         if self._task is None or self._task.done():
             self.stop()  # the thread of an earlier start may still be ending
-            # With a factory: a bare Runner would replace the event loop of the calling thread.
+            # Without a factory, Runner would replace the caller's own event loop (a notebook's).
             runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
             task = self._task = runner.get_loop().create_task(self.run())
-            self._thread = threading.Thread(target=self._listen, args=[runner, task], daemon=True)
+            self._thread = threading.Thread(target=self._work, args=[runner, task], daemon=True)
             self._thread.start()
 
-    def _listen(self, runner: asyncio.Runner, task: asyncio.Task[None]) -> None:
+    def _work(self, runner: asyncio.Runner, task: asyncio.Task[None]) -> None:
         with runner, contextlib.suppress(asyncio.CancelledError):
             runner.get_loop().run_until_complete(task)
         gc.collect()  # closes the socket that Tornado leaves open after a broken handshake
@@ -115,9 +115,9 @@ class WebSocketClient:
             self._thread.join()
 
     async def run(self) -> None:
-        """Follow the stream in the event loop that is there; `stop` ends it with CancelledError."""
+        """Follow the stream in the caller's event loop; `stop` ends it with CancelledError."""
         self._task = asyncio.current_task()
-        self._limit = self.retry_delay
+        self._limit = self.retry_delay  # how long the next wait may be
         while True:
             reason = await self._follow()
             # Exponential backoff with full jitter (RFC 6455, 7.2.3): not all come back at once.
@@ -140,22 +140,22 @@ class WebSocketClient:
         except asyncio.CancelledError:  # which does not end Tornado's handshake
             handshake.add_done_callback(lambda done: done.exception() or done.result().close(1000))
             raise
-        except Exception as error:  # noqa: BLE001 - the text of others may hold a token
+        except Exception as error:  # noqa: BLE001 - the text of another may hold a token
             known = (OSError, httpclient.HTTPClientError, websocket.WebSocketError)
             return f"cannot connect: {error if isinstance(error, known) else type(error).__name__}"
         log.info("connected to %s", self.url.partition("?")[0])
-        frame: str | bytes | None = ""
+        frame: str | bytes | None = ""  # None once the connection has ended
         try:
             while (frame := await frames.get()) is not None:
                 if not await self._receive(frame):
                     return f"cannot understand {frame[:80]!r}"
-                if frames.empty():
+                if frames.empty():  # one call for all that has come
                     self._hand_over()
-            if self._samples:
+            if self._samples:  # or a server that hangs up at once would reset the wait
                 self._hand_over()
         except Exception:
             log.exception("on_message failed")
-            return "on_message failed"
+            return "the same samples will come again"
         finally:
             connection.close(1000)
             while frame is not None:  # Tornado's sign for the end, at most 5 s later
@@ -169,22 +169,22 @@ class WebSocketClient:
             message = json.loads(frame)
             epoch, offset, samples = message["epoch"], message["offset"], message["samples"]
             if [*map(type, (frame, epoch, offset, samples))] != [str, str, int, list] or offset < 0:
-                raise TypeError
+                return False
         except Exception:  # noqa: BLE001 - whatever is wrong with it, it is not of this protocol
             return False
         if self._samples and (epoch != self.epoch or offset > self.position + len(self._samples)):
             self._hand_over()  # what follows begins at another position
             await asyncio.sleep(0)  # a turn of the event loop, in which stop takes effect
-        if epoch != self.epoch:
-            if self.epoch is not None:
-                log.warning("the server began anew; its last run was followed to %d", self.position)
+        if self.epoch not in (None, epoch):
+            log.warning("the server began anew; its last run was followed to %d", self.position)
+        if epoch != self.epoch:  # at first nothing is missed; of a new run, all before its offset
             self.epoch, self.position = epoch, (offset if self.epoch is None else 0)
-        position = self.position + len(self._samples)
-        if offset > position:
-            log.warning("missed %d samples, which had left the history", offset - position)
-            self.missed += offset - position
+        expected = self.position + len(self._samples)
+        if offset > expected:  # so nothing waits: it was handed over above
+            log.warning("missed %d samples, which had left the history", offset - expected)
+            self.missed += offset - expected
             self.position = offset
-        self._samples += samples[max(0, position - offset) :]  # those before were taken already
+        self._samples += samples[max(0, expected - offset) :]  # those before were taken already
         return True
 
     def _hand_over(self) -> None:
@@ -195,7 +195,7 @@ class WebSocketClient:
             if isinstance(result, (Awaitable, Generator, AsyncGenerator)):
                 raise TypeError("on_message must be no coroutine and no generator")
             self.position += len(samples)
-        self._limit = self.retry_delay  # a message was taken, so the next failure is a first one
+        self._limit = self.retry_delay  # a message was taken, so the next wait is short again
 
 
 def _show(client: WebSocketClient) -> None:
@@ -209,7 +209,7 @@ def _show(client: WebSocketClient) -> None:
 
 
 def watch(client: WebSocketClient) -> None:
-    """Print `str(client)` once a second while it follows the stream, until Ctrl-C or its end."""
+    """Print `str(client)` once a second while it follows the stream, until Ctrl-C or it ends."""
     logging.basicConfig(level="INFO", format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     # Tornado has a traceback for a handshake that it cannot accept, where one line is enough.
     logging.getLogger("tornado").setLevel(logging.CRITICAL)

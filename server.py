@@ -30,34 +30,34 @@ class RandomBernoulli:
 
 
 class WebSocketServer(websocket.WebSocketHandler):
-    """An instance is one client; the class holds the log that all share. A subclass has its own."""
+    """An instance is one client; the class holds the log of all. A subclass has its own log."""
 
-    clients: ClassVar[set["WebSocketServer"]] = set()  # those of all streams together
-    max_clients = 900  # Linux lets a process open 1,024 files
+    clients: ClassVar[set["WebSocketServer"]] = set()  # those of all subclasses, too
+    max_clients = 900  # each is an open file, and Linux lets a process have 1,024
     epoch = secrets.token_hex(4)  # which run of the server the offsets belong to
     end = 0  # the offset of the next sample, that is, how many there have been
     history: ClassVar[list[Any]] = []  # the newest samples, those before the end
     history_size = 10_000  # samples, at least 1
     message_size = 1_000  # samples in one message, at least 1
-    position = 0  # the offset of the next sample that this client needs
-    writing = False  # whether the last write to this client is unfinished
+    position = 0  # of each client: the offset of the next sample that it needs
+    writing = False  # of each client: whether the last write to it is unfinished
 
     def __init_subclass__(cls) -> None:
         own = {"epoch": secrets.token_hex(4), "end": 0, "history": []}
-        for name in own.keys() - vars(cls).keys():
+        for name in own.keys() - vars(cls).keys():  # except for what its body sets
             setattr(cls, name, own[name])
 
     @classmethod
     def send_message(cls, samples: list[Any]) -> None:
         """Append a list of what JSON can hold to the log, and send it to the clients of this class.
 
-        Call it in the event loop's thread; what is refused changes nothing. Clients miss samples if
-        more than `history_size` come before the event loop runs again.
+        Call it in the event loop's thread; if it raises, nothing has changed. Clients miss samples
+        if more than `history_size` come before the event loop runs again.
         """
         asyncio.get_running_loop()  # RuntimeError in any other thread
         if not isinstance(samples, list):
             raise TypeError(f"samples must be a list, not {samples!r:.80}")
-        cls.history += json.loads(json.dumps(samples, allow_nan=False))  # the log's own copy
+        cls.history += json.loads(json.dumps(samples, allow_nan=False))  # a copy of its own
         del cls.history[: -cls.history_size]
         cls.end += len(samples)
         for client in cls.clients:
@@ -76,8 +76,9 @@ class WebSocketServer(websocket.WebSocketHandler):
         if len(self.clients) >= self.max_clients:
             raise web.HTTPError(503, reason="too many clients")
         query = dict(parse_qsl(self.request.query))
-        if query.get("epoch") == self.epoch:
+        if query.get("epoch") == self.epoch:  # any other client gets the whole history
             text = query.get("offset", "")
+            # isdigit alone takes "²", which int refuses, as it does 5,000 digits.
             if not (text.isascii() and text.isdigit() and len(text) < 16 and int(text) <= self.end):
                 raise web.HTTPError(400, reason=f"offset must be a number from 0 to {self.end}")
             self.position = int(text)
@@ -92,18 +93,18 @@ class WebSocketServer(websocket.WebSocketHandler):
         """Send what this client lacks and the history has, up to `message_size` samples of it."""
         offset = max(self.position, self.end - len(self.history))
         end = min(offset + self.message_size, self.end)
-        self.writing = True  # passed over until written: a slow client gets fewer, larger messages
+        self.writing = True  # until it is written, so a slow client gets fewer, larger messages
         try:
             self.write_message(self.message(offset, end)).add_done_callback(self.written)
             self.position = end
         except Exception as error:  # noqa: BLE001 - whatever is wrong, it costs the others nothing
-            if not isinstance(error, websocket.WebSocketClosedError):  # it is not closing yet
+            if not isinstance(error, websocket.WebSocketClosedError):  # closing already
                 log.warning("client %s dropped: %r", self.request.remote_ip, error)
             self.close()
 
     def written(self, future: asyncio.Future[None]) -> None:
-        """Go on with what this client still lacks."""
-        self.writing = False  # below, exception() keeps asyncio from logging a traceback
+        """Send what this client still lacks, now that the last write is finished."""
+        self.writing = False  # asking for exception() below keeps asyncio from logging it
         if not (future.cancelled() or future.exception()) and self.position < self.end:
             self.catch_up()
 
@@ -125,7 +126,7 @@ async def serve(
     app: web.Application, port: int = 8765, address: str = "localhost", ssl_options: Any = None
 ) -> None:
     """Print the URL and serve until cancelled, then tell all clients that the server goes away."""
-    if not address or not 0 <= port <= 65_535:  # an empty one would be every interface
+    if not address or not 0 <= port <= 65_535:  # an empty one would open it to the whole network
         raise ValueError(f"address must not be empty, port from 0 to 65535: {address!r}, {port}")
     host = f"[{address}]" if ":" in address else address
     try:
@@ -138,12 +139,12 @@ async def serve(
     port = sockets[0].getsockname()[1]
     try:
         print(f"{'wss' if ssl_options else 'ws'}://{host}:{port}/websocket", flush=True)
-        await asyncio.Event().wait()  # for ever
+        await asyncio.Event().wait()  # until cancelled
     finally:
         server.stop()
         while WebSocketServer.clients:
             for client in list(WebSocketServer.clients):
-                client.catch_up()  # so that all of them end at the same sample
+                client.catch_up()  # a last message, with up to message_size of what it lacks
                 client.close(1001, "going away")
             await asyncio.sleep(0.01)
 
@@ -169,13 +170,13 @@ async def main() -> None:
 
 
 def run(coroutine: Any) -> None:
-    """Set up logging and run main() until Ctrl-C or SIGTERM; a second one ends its goodbye."""
+    """Set up logging and run main() until Ctrl-C or SIGTERM; a second one waits for no client."""
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     log.setLevel(logging.INFO)
     with asyncio.Runner() as runner, contextlib.suppress(asyncio.CancelledError):
         loop = runner.get_loop()
         task = loop.create_task(coroutine)
-        for number in signal.SIGINT, signal.SIGTERM:
+        for number in signal.SIGINT, signal.SIGTERM:  # Windows has no loop.add_signal_handler
             signal.signal(number, lambda *_: task.done() or loop.call_soon_threadsafe(task.cancel))
         loop.run_until_complete(task)
 

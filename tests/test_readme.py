@@ -56,7 +56,7 @@ class ReadmeTests(unittest.TestCase):
     def test_source_of_ones_own_is_a_program(self) -> None:
         """The source that the README shows sends its prices to a client."""
         source = README.partition("```python\n")[2].partition("```")[0]
-        with running("-c", source.replace("make_app()", "make_app(), 0")) as process:
+        with running("-c", source.replace("port=8765", "port=0")) as process:
             recorder = Recorder(first_line(process))
             recorder.start()
             try:
