@@ -55,7 +55,7 @@ class WebSocketClient:
     """A position in the stream at a ws:// or wss:// URL, and the posterior of what has come so far.
 
     `retry_delay`, in seconds, limits the wait for the first retry; each further one doubles the
-    limit, up to 30 s. To go on from there, set `posterior`, `epoch`, `position`, `missed` first.
+    limit, up to 30 s. To go on from a saved state, set `posterior`, `epoch`, `position`, `missed`.
     """
 
     def __init__(self, url: str, retry_delay: float = 3) -> None:
@@ -107,7 +107,7 @@ class WebSocketClient:
         gc.collect()  # closes the socket that Tornado leaves open after a broken handshake
 
     def stop(self) -> None:
-        """End `start` or `run`, and wait for the thread; `on_message` may call it, too."""
+        """End `start` or `run`, and wait for the thread; called by `on_message`, it does not wait."""
         task, self._task = self._task, None
         if task and not task.done():
             task.get_loop().call_soon_threadsafe(task.cancel)

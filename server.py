@@ -67,7 +67,7 @@ class WebSocketServer(websocket.WebSocketHandler):
     @classmethod
     @functools.lru_cache(maxsize=8)  # most clients need the same message
     def message(cls, offset: int, end: int) -> bytes:
-        """Encode a part of the history; an offset always means the same sample, so cache it."""
+        """Encode a part of the history; cached, since an offset always means the same sample."""
         oldest = cls.end - len(cls.history)
         samples = cls.history[offset - oldest : end - oldest]
         return json.dumps({"epoch": cls.epoch, "offset": offset, "samples": samples}).encode()
@@ -170,7 +170,7 @@ async def main() -> None:
 
 
 def run(coroutine: Any) -> None:
-    """Set up logging and run main() until Ctrl-C or SIGTERM; a second one waits for no client."""
+    """Set up logging and run a coroutine until Ctrl-C or SIGTERM; a second waits for no client."""
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     log.setLevel(logging.INFO)
     with asyncio.Runner() as runner, contextlib.suppress(asyncio.CancelledError):
