@@ -129,8 +129,8 @@ class ProgramTests(RecipeCase):
             (self.start, changing, lambda samples: samples[:10] == [0] * 5 + [1] * 5),
             (self.copy, ["numbered_source", self.path, "price"], [10, None, 12].__eq__),
             (self.copy, ["fast_lane"], coin),
-            (self.start, ["page", 0], coin),
-            (self.start, ["events", 0], coin),
+            (self.start, ["page", "--port", 0], coin),
+            (self.start, ["events", "--port", 0], coin),
         ):
             with self.subTest(command):
                 recorder = self.recorder(await (program := run(*command)).line())
@@ -187,8 +187,8 @@ class ProgramTests(RecipeCase):
             ("private client", 2, required),
             ("private server CERTIFICATE", 2, required),
             ("private server CERTIFICATE KEY", 2, r"\A.*: error: TOKEN must be set to ASCII.*\n\Z"),
-            ("page 99999", 2, rf"{usage}.*: error: .*port from 0 to 65535.*\n\Z"),
-            ("events x", 2, rf"{usage}.*: error: .*invalid int value.*\n\Z"),
+            ("page --port 99999", 2, rf"{usage}.*: error: .*port from 0 to 65535.*\n\Z"),
+            ("events --port x", 2, rf"{usage}.*: error: .*invalid int value.*\n\Z"),
             ("relay --url http://localhost", 2, rf"{usage}.*: error: the URL must.*\n\Z"),
             ("set_p KEY 1 --url http://localhost", 2, rf"{usage}.*: error: the URL must .*\n\Z"),
             ("growing_file .", 1, r"\A.*: error: .*Is a directory.*\n\Z"),

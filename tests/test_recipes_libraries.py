@@ -200,7 +200,7 @@ class BrokerTests(RecipeCase):
 
     async def serve_stream(self) -> tuple[Program, str]:
         """Start a server; return it and its URL."""
-        server = self.copy("broker", "--broker", self.broker, "serve", 0)
+        server = self.copy("broker", "--broker", self.broker, "serve", "--port", 0)
         return server, await server.line()
 
     async def stored(self) -> list[Any]:
@@ -240,7 +240,7 @@ class BrokerTests(RecipeCase):
     async def test_lost_consumer_and_purged_stream(self) -> None:
         """A server whose consumer the broker lost goes on; what was purged meanwhile is missed."""
         await self.start_broker()
-        taken = self.start("broker", "--broker", self.broker, "serve", self.port)
+        taken = self.start("broker", "--broker", self.broker, "serve", "--port", self.port)
         self.assertRegex((await taken.ended())[1], r"\Acannot listen on .*\n\Z")
         _, url = await self.serve_stream()
         client = self.recorder(url)

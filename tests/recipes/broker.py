@@ -6,8 +6,8 @@ its clients go on at another. It needs `pip install nats-py`, and nats-server, a
 
     nats-server -js -a 127.0.0.1 &
     python -m tests.recipes.broker produce &
-    python -m tests.recipes.broker serve 8001 &
-    python -m tests.recipes.broker serve 8002 &
+    python -m tests.recipes.broker serve --port 8001 &
+    python -m tests.recipes.broker serve --port 8002 &
 
 Or copy this file, put it beside server.py, and run `python broker.py produce` and so on. This stops
 everything that the shell runs in the background: `kill $(jobs -p)`.
@@ -117,7 +117,7 @@ async def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("produce", help="sample, in exactly one process")
     server = commands.add_parser("serve", help="serve the samples, in any number of processes")
-    server.add_argument("port", type=int, help="0 takes a free one")
+    server.add_argument("--port", type=int, default=8765, help="0 takes a free one (%(default)s)")
     server.add_argument("--address", default="localhost", help="to listen on (%(default)s)")
     options = parser.parse_args()
     problem: BaseException | None = None

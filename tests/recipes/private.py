@@ -74,7 +74,7 @@ def main() -> None:
         role.add_argument("certificate")
     server.add_argument("key")
     server.add_argument("--address", default="localhost", help="to listen on (%(default)s)")
-    server.add_argument("--port", type=int, default=8765, help="(%(default)s)")
+    server.add_argument("--port", type=int, default=8765, help="0 takes a free one (%(default)s)")
     client.add_argument("url")
     options = parser.parse_args()
     try:
