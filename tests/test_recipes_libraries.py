@@ -108,6 +108,21 @@ class ChangeClientTests(RecipeCase):
         await self.interrupt(program)
 
 
+class ImportingTests(RecipeCase):
+    @test
+    async def test_ctrl_c_while_river_is_imported(self) -> None:
+        """The import takes a second or more, and Ctrl-C in it is quiet."""
+        package = self.folder / "river"
+        package.mkdir()
+        (package / "__init__.py").write_text(
+            "import threading; print('imports', flush=True); threading.Event().wait()"
+        )
+        self.enterContext(mock.patch.dict(os.environ, {"PYTHONPATH": str(self.folder)}))
+        program = self.start("changing_coin", "client")
+        self.assertEqual(await program.line(), "imports")
+        await self.interrupt(program)
+
+
 @needs("ipykernel", "jupyter_client", "matplotlib")
 class NotebookTests(PairCase):
     @contextlib.asynccontextmanager

@@ -94,6 +94,8 @@ def main() -> None:
             raise ValueError("after must be at least 0, interval at least 1")
         coin = ChangingCoin(options.p, options.then, options.after)
         run(serve_coin(coin, options.port, options.interval))
+    except KeyboardInterrupt:
+        pass  # while river was being imported, which takes a second or more
     except (ImportError, OSError, ValueError) as error:
         parser.exit(1 if isinstance(error, OSError) else 2, f"{parser.prog}: error: {error}\n")
 
