@@ -274,6 +274,22 @@ class BrokerTests(RecipeCase):
         self.assertEqual((client.samples, client.missed), ([*range(5), *range(15, 20)], 10))
         await self.connection.close()
 
+    @test
+    async def test_stream_made_anew(self) -> None:
+        """A server whose stream was replaced by another of the same name ends with one line."""
+        await self.start_broker()
+        server, url = await self.serve_stream()
+        client = self.recorder(url)
+        await self.jetstream.publish("samples", b"1")
+        await until(lambda: client.samples)
+        await self.jetstream.delete_stream("samples")
+        await self.jetstream.add_stream(name="samples")
+        with self.assertLogs("client", "WARNING"):
+            status, log = await server.ended()
+        self.assertRegex(log, r"error: the stream was made anew: start this server again\n\Z")
+        self.assertEqual(status, 1)
+        await self.connection.close()
+
 
 @needs("websockets", "websocket")
 class OtherLibrariesTests(RecipeCase):

@@ -23,14 +23,15 @@ WebSocket. On several machines, give --broker and --address, and let only them r
 asks for no password.
 
 Its limits: there is one producer. While it is down nobody samples, and a second one would mix its
-samples in. What it publishes must be JSON, or the servers end. A server learns the epoch when it
-starts, and does not see that the stream was deleted: start all of them again then. A server that is
-behind the one that a client comes from answers 400, and the client comes back after its usual wait.
-When the broker was restarted, a server may need half a minute to go on.
+samples in. What it publishes must be JSON, or the servers end. They end, too, when the stream
+was deleted or made anew: start all of them again then. A server that is behind the one that a
+client comes from answers 400, and the client comes back after its usual wait. When the broker was
+restarted, a server may need half a minute to go on.
 """
 
 import argparse
 import asyncio
+import contextlib
 import hashlib
 import json
 import logging
@@ -39,6 +40,7 @@ import nats
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.js.api import StreamInfo
+from nats.js.errors import ServiceUnavailableError
 
 from server import RandomBernoulli, WebSocketServer, make_app, run, serve
 
@@ -101,9 +103,13 @@ async def feed_and_serve(broker: str, port: int, address: str) -> None:
             StreamServer.take(await anext(subscription.messages))
 
         async def feed() -> None:
-            async for message in subscription.messages:
-                StreamServer.take(message)
-            raise OSError("the subscription has ended")
+            while True:
+                try:
+                    StreamServer.take(await subscription.next_msg(timeout=5))
+                except nats.errors.TimeoutError:  # silence: the stream's, or is it another one now?
+                    with contextlib.suppress(nats.errors.TimeoutError, ServiceUnavailableError):
+                        if (await jetstream.stream_info("samples")).created != stream.created:
+                            raise ValueError("the stream was made anew: start this server again")
 
         async with asyncio.TaskGroup() as group:
             group.create_task(feed())
