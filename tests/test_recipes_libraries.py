@@ -11,6 +11,7 @@ import os
 import random
 import re
 import shutil
+import socket
 import tempfile
 import unittest
 from collections.abc import AsyncIterator
@@ -18,7 +19,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
+from urllib.parse import urlsplit
 
+from tornado.httpclient import AsyncHTTPClient
 from tornado.ioloop import PeriodicCallback
 
 from client import BetaBinomial
@@ -288,6 +291,27 @@ class BrokerTests(RecipeCase):
             status, log = await server.ended()
         self.assertRegex(log, r"error: the stream was made anew: start this server again\n\Z")
         self.assertEqual(status, 1)
+        await self.connection.close()
+
+    @test
+    async def test_health_checks(self) -> None:
+        """What a proxy may ask leaves no traceback, and a client of the same server goes on."""
+        await self.start_broker()
+        server, url = await self.serve_stream()
+        client = self.recorder(url)
+        await until(lambda: client.epoch)
+        address = urlsplit(url)
+        socket.create_connection((address.hostname or "", address.port or 0)).close()
+        for path, status in ("", 404), ("websocket", 400):
+            page = f"http://{address.netloc}/{path}"
+            answer = await AsyncHTTPClient().fetch(page, raise_error=False)
+            self.assertEqual(answer.code, status)
+        await self.jetstream.publish("samples", b"1")
+        await until(lambda: client.samples)
+        await self.goodbye(server, client)
+        self.assertRegex(
+            server.err(), r"\A.* 1 in all\n.* 404 GET / .*\n.* 400 GET .*\n.* 0 left\n\Z"
+        )
         await self.connection.close()
 
 

@@ -18,9 +18,9 @@ time at which the stream "samples" was created. client.py needs no change.
 
 Put a proxy in front of the servers. It must pass WebSockets on, try the next server when one is
 dead, and keep the Host header, with which Tornado compares the origin of a page. Let its health
-check be a TCP check, or give it a page that answers 200: /websocket answers 400 to anything but a
-WebSocket. On several machines, give --broker and --address, and let only them reach the broker: it
-asks for no password.
+check be a TCP check, or add a page that answers 200: / answers 404, and /websocket answers 400 to
+anything but a WebSocket. On several machines, give --broker and --address, and let only them reach
+the broker: it asks for no password.
 
 Its limits: there is one producer. While it is down nobody samples, and a second one would mix its
 samples in. What it publishes must be JSON, or the servers end. They end, too, when the stream
