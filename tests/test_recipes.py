@@ -3,6 +3,7 @@
 Those with a state in a file, for browsers, or with other libraries are in the modules beside it.
 """
 
+import ast
 import asyncio
 import datetime
 import functools
@@ -198,6 +199,21 @@ class ProgramTests(RecipeCase):
                 status, log = await self.start(*command.split()).ended()
                 self.assertRegex(log, error)
                 self.assertEqual(status, expected)
+
+
+class DocstringTests(unittest.TestCase):
+    def test_says_how_it_is_run_and_ended(self) -> None:
+        """Each program has a main, and its first lines say how it is run and how it ends."""
+        for path in {*RECIPES.glob("*.py")} - {RECIPES / "__init__.py", RECIPES / "notebook.py"}:
+            with self.subTest(path.stem):
+                text = path.read_text(encoding="utf-8")
+                first = ast.get_docstring(ast.parse(text)) or ""
+                self.assertRegex(text, r"\n((async )?def main\(|from client import .*\bmain\n)")
+                self.assertRegex(first, rf"\n    python -m tests\.recipes\.{path.stem}\b")
+                if path.stem != "fast_lane":  # which is a coin like that of server.py
+                    self.assertRegex(first, "Ctrl-C|ends by itself")
+                for command in re.findall(r"\n    (nats-server .*)", first):
+                    self.assertIn(" -a 127.0.0.1 ", command)
 
 
 class GrowingFileTests(RecipeCase):

@@ -9,8 +9,9 @@ its clients go on at another. It needs `pip install nats-py`, and nats-server, a
     python -m tests.recipes.broker serve --port 8001 &
     python -m tests.recipes.broker serve --port 8002 &
 
-Or copy this file, put it beside server.py, and run `python broker.py produce` and so on. This stops
-everything that the shell runs in the background: `kill $(jobs -p)`.
+Or copy this file, put it beside server.py, and run `python broker.py produce` and so on. Ctrl-C
+ends what has a terminal of its own, and `kill $(jobs -p)` all that a shell runs in the background,
+as above.
 
 NATS numbers and keeps the samples (in a folder in /tmp, or in the one that -sd names), so all
 servers have the same log: an offset is a sequence number minus 1, and the epoch is made from the
