@@ -3,6 +3,7 @@
 Those with a state in a file, for browsers, or with other libraries are in the modules beside it.
 """
 
+import ast
 import asyncio
 import datetime
 import functools
@@ -129,8 +130,8 @@ class ProgramTests(RecipeCase):
             (self.start, changing, lambda samples: samples[:10] == [0] * 5 + [1] * 5),
             (self.copy, ["numbered_source", self.path, "price"], [10, None, 12].__eq__),
             (self.copy, ["fast_lane"], coin),
-            (self.start, ["page", 0], coin),
-            (self.start, ["events", 0], coin),
+            (self.start, ["page", "--port", 0], coin),
+            (self.start, ["events", "--port", 0], coin),
         ):
             with self.subTest(command):
                 recorder = self.recorder(await (program := run(*command)).line())
@@ -187,8 +188,8 @@ class ProgramTests(RecipeCase):
             ("private client", 2, required),
             ("private server CERTIFICATE", 2, required),
             ("private server CERTIFICATE KEY", 2, r"\A.*: error: TOKEN must be set to ASCII.*\n\Z"),
-            ("page 99999", 2, rf"{usage}.*: error: .*port from 0 to 65535.*\n\Z"),
-            ("events x", 2, rf"{usage}.*: error: .*invalid int value.*\n\Z"),
+            ("page --port 99999", 2, rf"{usage}.*: error: .*port from 0 to 65535.*\n\Z"),
+            ("events --port x", 2, rf"{usage}.*: error: .*invalid int value.*\n\Z"),
             ("relay --url http://localhost", 2, rf"{usage}.*: error: the URL must.*\n\Z"),
             ("set_p KEY 1 --url http://localhost", 2, rf"{usage}.*: error: the URL must .*\n\Z"),
             ("growing_file .", 1, r"\A.*: error: .*Is a directory.*\n\Z"),
@@ -198,6 +199,21 @@ class ProgramTests(RecipeCase):
                 status, log = await self.start(*command.split()).ended()
                 self.assertRegex(log, error)
                 self.assertEqual(status, expected)
+
+
+class DocstringTests(unittest.TestCase):
+    def test_says_how_it_is_run_and_ended(self) -> None:
+        """Each program has a main, and its first lines say how it is run and how it ends."""
+        for path in {*RECIPES.glob("*.py")} - {RECIPES / "__init__.py", RECIPES / "notebook.py"}:
+            with self.subTest(path.stem):
+                text = path.read_text(encoding="utf-8")
+                first = ast.get_docstring(ast.parse(text)) or ""
+                self.assertRegex(text, r"\n((async )?def main\(|from client import .*\bmain\n)")
+                self.assertRegex(first, rf"\n    python -m tests\.recipes\.{path.stem}\b")
+                if path.stem != "fast_lane":  # which is a coin like that of server.py
+                    self.assertRegex(first, "Ctrl-C|ends by itself")
+                for command in re.findall(r"\n    (nats-server .*)", first):
+                    self.assertIn(" -a 127.0.0.1 ", command)
 
 
 class GrowingFileTests(RecipeCase):

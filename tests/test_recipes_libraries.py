@@ -11,6 +11,7 @@ import os
 import random
 import re
 import shutil
+import socket
 import tempfile
 import unittest
 from collections.abc import AsyncIterator
@@ -18,7 +19,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
+from urllib.parse import urlsplit
 
+from tornado.httpclient import AsyncHTTPClient
 from tornado.ioloop import PeriodicCallback
 
 from client import BetaBinomial
@@ -105,6 +108,21 @@ class ChangeClientTests(RecipeCase):
         self.server.send_message(tosses(0, 0.3, 1000) + tosses(1, 0.7, 500))
         program = self.start("changing_coin", "client", "--url", self.url)
         await until(lambda: "noticed a change at sample 1" in program.err())
+        await self.interrupt(program)
+
+
+class ImportingTests(RecipeCase):
+    @test
+    async def test_ctrl_c_while_river_is_imported(self) -> None:
+        """The import takes a second or more, and Ctrl-C in it is quiet."""
+        package = self.folder / "river"
+        package.mkdir()
+        (package / "__init__.py").write_text(
+            "import threading; print('imports', flush=True); threading.Event().wait()"
+        )
+        self.enterContext(mock.patch.dict(os.environ, {"PYTHONPATH": str(self.folder)}))
+        program = self.start("changing_coin", "client")
+        self.assertEqual(await program.line(), "imports")
         await self.interrupt(program)
 
 
@@ -200,7 +218,7 @@ class BrokerTests(RecipeCase):
 
     async def serve_stream(self) -> tuple[Program, str]:
         """Start a server; return it and its URL."""
-        server = self.copy("broker", "--broker", self.broker, "serve", 0)
+        server = self.copy("broker", "--broker", self.broker, "serve", "--port", 0)
         return server, await server.line()
 
     async def stored(self) -> list[Any]:
@@ -240,7 +258,7 @@ class BrokerTests(RecipeCase):
     async def test_lost_consumer_and_purged_stream(self) -> None:
         """A server whose consumer the broker lost goes on; what was purged meanwhile is missed."""
         await self.start_broker()
-        taken = self.start("broker", "--broker", self.broker, "serve", self.port)
+        taken = self.start("broker", "--broker", self.broker, "serve", "--port", self.port)
         self.assertRegex((await taken.ended())[1], r"\Acannot listen on .*\n\Z")
         _, url = await self.serve_stream()
         client = self.recorder(url)
@@ -257,6 +275,43 @@ class BrokerTests(RecipeCase):
                 await until(lambda: client.position == 20)
             await until(lambda: client.position == 20)
         self.assertEqual((client.samples, client.missed), ([*range(5), *range(15, 20)], 10))
+        await self.connection.close()
+
+    @test
+    async def test_stream_made_anew(self) -> None:
+        """A server whose stream was replaced by another of the same name ends with one line."""
+        await self.start_broker()
+        server, url = await self.serve_stream()
+        client = self.recorder(url)
+        await self.jetstream.publish("samples", b"1")
+        await until(lambda: client.samples)
+        await self.jetstream.delete_stream("samples")
+        await self.jetstream.add_stream(name="samples")
+        with self.assertLogs("client", "WARNING"):
+            status, log = await server.ended()
+        self.assertRegex(log, r"error: the stream was made anew: start this server again\n\Z")
+        self.assertEqual(status, 1)
+        await self.connection.close()
+
+    @test
+    async def test_health_checks(self) -> None:
+        """What a proxy may ask leaves no traceback, and a client of the same server goes on."""
+        await self.start_broker()
+        server, url = await self.serve_stream()
+        client = self.recorder(url)
+        await until(lambda: client.epoch)
+        address = urlsplit(url)
+        socket.create_connection((address.hostname or "", address.port or 0)).close()
+        for path, status in ("", 404), ("websocket", 400):
+            page = f"http://{address.netloc}/{path}"
+            answer = await AsyncHTTPClient().fetch(page, raise_error=False)
+            self.assertEqual(answer.code, status)
+        await self.jetstream.publish("samples", b"1")
+        await until(lambda: client.samples)
+        await self.goodbye(server, client)
+        self.assertRegex(
+            server.err(), r"\A.* 1 in all\n.* 404 GET / .*\n.* 400 GET .*\n.* 0 left\n\Z"
+        )
         await self.connection.close()
 
 

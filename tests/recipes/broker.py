@@ -6,11 +6,12 @@ its clients go on at another. It needs `pip install nats-py`, and nats-server, a
 
     nats-server -js -a 127.0.0.1 &
     python -m tests.recipes.broker produce &
-    python -m tests.recipes.broker serve 8001 &
-    python -m tests.recipes.broker serve 8002 &
+    python -m tests.recipes.broker serve --port 8001 &
+    python -m tests.recipes.broker serve --port 8002 &
 
-Or copy this file, put it beside server.py, and run `python broker.py produce` and so on. This stops
-everything that the shell runs in the background: `kill $(jobs -p)`.
+Or copy this file, put it beside server.py, and run `python broker.py produce` and so on. Ctrl-C
+ends what has a terminal of its own, and `kill $(jobs -p)` all that a shell runs in the background,
+as above.
 
 NATS numbers and keeps the samples (in a folder in /tmp, or in the one that -sd names), so all
 servers have the same log: an offset is a sequence number minus 1, and the epoch is made from the
@@ -18,19 +19,20 @@ time at which the stream "samples" was created. client.py needs no change.
 
 Put a proxy in front of the servers. It must pass WebSockets on, try the next server when one is
 dead, and keep the Host header, with which Tornado compares the origin of a page. Let its health
-check be a TCP check, or give it a page that answers 200: /websocket answers 400 to anything but a
-WebSocket. On several machines, give --broker and --address, and let only them reach the broker: it
-asks for no password.
+check be a TCP check, or add a page that answers 200: / answers 404, and /websocket answers 400 to
+anything but a WebSocket. On several machines, give --broker and --address, and let only them reach
+the broker: it asks for no password.
 
 Its limits: there is one producer. While it is down nobody samples, and a second one would mix its
-samples in. What it publishes must be JSON, or the servers end. A server learns the epoch when it
-starts, and does not see that the stream was deleted: start all of them again then. A server that is
-behind the one that a client comes from answers 400, and the client comes back after its usual wait.
-When the broker was restarted, a server may need half a minute to go on.
+samples in. What it publishes must be JSON, or the servers end. They end, too, when the stream
+was deleted or made anew: start all of them again then. A server that is behind the one that a
+client comes from answers 400, and the client comes back after its usual wait. When the broker was
+restarted, a server may need half a minute to go on.
 """
 
 import argparse
 import asyncio
+import contextlib
 import hashlib
 import json
 import logging
@@ -39,6 +41,7 @@ import nats
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.js.api import StreamInfo
+from nats.js.errors import ServiceUnavailableError
 
 from server import RandomBernoulli, WebSocketServer, make_app, run, serve
 
@@ -101,9 +104,13 @@ async def feed_and_serve(broker: str, port: int, address: str) -> None:
             StreamServer.take(await anext(subscription.messages))
 
         async def feed() -> None:
-            async for message in subscription.messages:
-                StreamServer.take(message)
-            raise OSError("the subscription has ended")
+            while True:
+                try:
+                    StreamServer.take(await subscription.next_msg(timeout=5))
+                except nats.errors.TimeoutError:  # silence: the stream's, or is it another one now?
+                    with contextlib.suppress(nats.errors.TimeoutError, ServiceUnavailableError):
+                        if (await jetstream.stream_info("samples")).created != stream.created:
+                            raise ValueError("the stream was made anew: start this server again")
 
         async with asyncio.TaskGroup() as group:
             group.create_task(feed())
@@ -117,7 +124,7 @@ async def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("produce", help="sample, in exactly one process")
     server = commands.add_parser("serve", help="serve the samples, in any number of processes")
-    server.add_argument("port", type=int, help="0 takes a free one")
+    server.add_argument("--port", type=int, default=8765, help="0 takes a free one (%(default)s)")
     server.add_argument("--address", default="localhost", help="to listen on (%(default)s)")
     options = parser.parse_args()
     problem: BaseException | None = None

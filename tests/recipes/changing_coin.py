@@ -5,9 +5,9 @@
 
 You want it when the thing that you measure may change. The plain client mixes what came before
 and after a change, and becomes sure of a value that p never had. This one says where it noticed a
-change, and begins its posterior anew from there, and at a new run of the server. The client needs
-river. Its limit: a step from 0.3 to 0.7 is noticed after about 100 samples, a small or slow change
-much later, and `delta` is the risk of an alarm without a change.
+change, and begins its posterior anew from there, and at a new run of the server. Ctrl-C ends either
+of the two. The client needs river. Its limit: a step from 0.3 to 0.7 is noticed after about 100
+samples, a small or slow change much later, and `delta` is the risk of an alarm without a change.
 """
 
 import argparse
@@ -94,6 +94,8 @@ def main() -> None:
             raise ValueError("after must be at least 0, interval at least 1")
         coin = ChangingCoin(options.p, options.then, options.after)
         run(serve_coin(coin, options.port, options.interval))
+    except KeyboardInterrupt:
+        pass  # while river was being imported, which takes a second or more
     except (ImportError, OSError, ValueError) as error:
         parser.exit(1 if isinstance(error, OSError) else 2, f"{parser.prog}: error: {error}\n")
 

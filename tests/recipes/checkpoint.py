@@ -1,6 +1,6 @@
 """A client that survives its own restart: it saves where it is, and goes on from there.
 
-Run it beside a server, stop it in any way, and run it again:
+Run it beside a server, stop it with Ctrl-C or a kill, and run it again:
 
     python -m tests.recipes.checkpoint checkpoint.json --url ws://localhost:8765/websocket
 

@@ -1,6 +1,6 @@
 """Send the samples as Server-Sent Events, for browsers behind a proxy that passes only plain HTTP.
 
-Run it, and open http://localhost:8765/ (another port: give it as the argument):
+Run it, and open http://localhost:8765/. Another port is `--port 9000`, and Ctrl-C ends it:
 
     python -m tests.recipes.events
 
@@ -80,7 +80,7 @@ class Page(web.RequestHandler):
 async def main() -> None:
     """Sample and serve until cancelled, the same samples at /websocket and at /events."""
     parser = argparse.ArgumentParser(description="Serve the stream as Server-Sent Events, too.")
-    parser.add_argument("port", type=int, nargs="?", default=8765, help="(%(default)s)")
+    parser.add_argument("--port", type=int, default=8765, help="0 takes a free one (%(default)s)")
     app = make_app()
     script = (r"/(stream\.js)", web.StaticFileHandler, {"path": HERE})
     app.add_handlers(".*", [("/", Page), script, ("/events", EventStream)])

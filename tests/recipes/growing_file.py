@@ -2,11 +2,12 @@
 
     python -m tests.recipes.growing_file measurements.txt
 
-A sample is a line as text: follow it with mean_variance.py if it is a number. Lines that are
-there at the start are not sent, and half a line waits for its end. A file that is truncated or
-replaced under its name, as log rotation does, is read from its new start; it may also be missing at
-first. It needs only Tornado. Its limits: a file that is truncated and grows longer than it was
-within 0.1 s is not noticed, and clients miss samples when more than 10,000 lines come at once.
+Ctrl-C ends it. A sample is a line as text: follow it with mean_variance.py if it is a number. Lines
+that are there at the start are not sent, and half a line waits for its end. A file that is
+truncated or replaced under its name, as log rotation does, is read from its new start; it may also
+be missing at first. It needs only Tornado. Its limits: a file that is truncated and grows longer
+than it was within 0.1 s is not noticed, and clients miss samples when more than 10,000 lines come
+at once.
 """
 
 import argparse

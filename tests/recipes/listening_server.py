@@ -2,9 +2,9 @@
 
     python -m tests.recipes.listening_server
 
-It prints the key, then the URL; set_p.py is the client that speaks. It needs only Tornado. Its
-limits: the key is sent unencrypted, so use TLS beyond your own machine, as private.py does. Nobody
-else is told that p has changed, and a posterior mixes what came before and after.
+It prints the key, then the URL; set_p.py is the client that speaks. Ctrl-C ends it. It needs only
+Tornado. Its limits: the key is sent unencrypted, so use TLS beyond your own machine, as private.py
+does. Nobody else is told that p has changed, and a posterior mixes what came before and after.
 """
 
 import secrets

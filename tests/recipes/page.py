@@ -1,6 +1,6 @@
 """Serve the stream, and a page that shows its posterior to people who install nothing.
 
-Run it, and open http://localhost:8765/ (another port: give it as the argument):
+Run it, and open http://localhost:8765/. Another port is `--port 9000`, and Ctrl-C ends it:
 
     python -m tests.recipes.page
 
@@ -43,7 +43,7 @@ HERE = Path(__file__).parent
 async def main() -> None:
     """Sample and serve until cancelled."""
     parser = argparse.ArgumentParser(description="Serve the stream and its page.")
-    parser.add_argument("port", type=int, nargs="?", default=8765, help="(%(default)s)")
+    parser.add_argument("--port", type=int, default=8765, help="0 takes a free one (%(default)s)")
     app = make_app()
     files = {"path": HERE, "default_filename": "page.html"}
     app.add_handlers(".*", [(r"/(|stream\.js)", web.StaticFileHandler, files)])

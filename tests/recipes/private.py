@@ -8,8 +8,9 @@ Make a certificate for the name that clients will use, and a token for both side
     python -m tests.recipes.private server cert.pem key.pem
     python -m tests.recipes.private client cert.pem wss://localhost:8765/websocket
 
-The client needs cert.pem, never key.pem. Give the server --address, to be reached from elsewhere.
-It needs only Tornado. Its limit: all clients have the same token, so replace it to lock one out.
+Ctrl-C ends either of the two. The client needs cert.pem, never key.pem. Give the server --address,
+to be reached from elsewhere. It needs only Tornado. Its limit: all clients have the same token, so
+replace it to lock one out.
 """
 
 import argparse
@@ -74,7 +75,7 @@ def main() -> None:
         role.add_argument("certificate")
     server.add_argument("key")
     server.add_argument("--address", default="localhost", help="to listen on (%(default)s)")
-    server.add_argument("--port", type=int, default=8765, help="(%(default)s)")
+    server.add_argument("--port", type=int, default=8765, help="0 takes a free one (%(default)s)")
     client.add_argument("url")
     options = parser.parse_args()
     try:

@@ -4,8 +4,9 @@
 
 You want it when others need your result rather than the samples. The page is at
 http://localhost:8766/. A sample of the new stream, {"trials": 3, "mean": 0.6, "sd": 0.2}, is sent
-whenever the posterior changes. It needs only Tornado. Its limit: the counts are in memory. Started
-again, the relay begins a new epoch with what the history of the first server still holds.
+whenever the posterior changes. Ctrl-C ends it. It needs only Tornado. Its limit: the counts are in
+memory. Started again, the relay begins a new epoch with what the history of the first server still
+holds.
 """
 
 import argparse

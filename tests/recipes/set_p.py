@@ -2,8 +2,8 @@
 
     python -m tests.recipes.set_p KEY 0.5
 
-It needs only Tornado. Its limit: other users of your machine can read the key in the list of
-processes while this runs.
+It ends by itself, as soon as the server has answered. It needs only Tornado. Its limit: other users
+of your machine can read the key in the list of processes while this runs.
 """
 
 import argparse

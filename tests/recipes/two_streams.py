@@ -4,7 +4,8 @@
     python client.py
     python client.py --url ws://localhost:8765/rare
 
-It needs only Tornado. Its limit: `max_clients` is for both streams together.
+Ctrl-C ends each of the three. It needs only Tornado. Its limit: `max_clients` is for both streams
+together.
 """
 
 from tornado import ioloop
