@@ -3,10 +3,9 @@
     python -m tests.recipes.blocking_source
 
 Replace `measure`. It runs in a thread of its own, so the clients are served meanwhile. A reading
-that fails is one line in the log, and the next one follows. Follow the stream with
+that fails is one line, and the next one follows. Follow the stream with
 mean_variance.py. It needs only Tornado. Its limits: Ctrl-C waits for the current reading, so a
-source that can stay silent for ever needs a timeout of its own. A numpy number is not JSON: return
-int(x), float(x) or x.tolist().
+source that can stay silent for ever needs a timeout of its own.
 """
 
 import asyncio

@@ -4,8 +4,9 @@ Run it beside a server, stop it with Ctrl-C or a kill, and run it again:
 
     python -m tests.recipes.checkpoint checkpoint.json --url ws://localhost:8765/websocket
 
-It needs only Tornado, and a file for each client. A sample that is not 0 or 1 is left out and
-counted as refused. Its limits: what leaves the server's history while the client is away is counted
+For another model, replace what `_load`, `_save` and `on_message` say of the posterior. It needs
+only Tornado, and a file for each client. A sample that is not 0 or 1 is left out and counted as
+refused. Its limits: what leaves the server's history while the client is away is counted
 as missed. It survives a kill, but not always a power failure (it does not call fsync).
 """
 

@@ -1,7 +1,7 @@
-"""The fast lane: each frame is built once and goes straight to the socket of every idle client.
+"""The fast lane: each frame is built once and goes straight to the socket of every client.
 
-You want it for thousands of clients, or for a source that is faster than sending: what comes within
-one turn of the event loop goes out together.
+You want it for thousands of clients. What comes within one turn of the event loop goes out
+together, and a client that is behind is sent what it lacks in the ordinary way.
 
     python -m tests.recipes.fast_lane
 

@@ -3,10 +3,9 @@
     python -m tests.recipes.json_samples
 
 Ctrl-C ends both. Replace `measure` and what `on_message` makes of a sample. One that it does not
-understand is refused: it is counted, and a line in the log says so. It needs only Tornado. Its
-limit: a message holds up to 1,000 samples and a client takes up to 10 MiB, so lower `message_size`
-where samples are longer than 10,000 bytes. A numpy number is not JSON: send int(x), float(x) or
-x.tolist().
+understand is refused: it is counted, and one line says so. It needs only Tornado. Its limit: a
+message holds up to 1,000 samples and a client takes up to 10 MiB, so lower `message_size` where
+samples are longer than 10,000 bytes.
 """
 
 import asyncio

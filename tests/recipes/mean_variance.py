@@ -3,7 +3,7 @@
     python -m tests.recipes.mean_variance --url ws://localhost:8765/websocket
 
 Ctrl-C ends it. A sample may also be a number as text, such as a line of growing_file.py. One that
-is not a finite number is refused: it is counted, and a line in the log says so. It needs only
+is not a finite number is refused: it is counted, and one line says so. It needs only
 Tornado. Its limit: the mean is that of all samples since the start, so it is slow to follow a
 source that changes.
 """

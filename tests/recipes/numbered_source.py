@@ -4,8 +4,8 @@
 
 Ctrl-C ends it. It needs only Tornado, and a client whose `on_message` takes numbers and None. The
 offset of a sample is its row number, counted from 0 after the header, and the epoch is the file's
-name. How many rows were sent is in a file beside it, prices.csv.count. To begin again, delete that
-one and give the CSV file another name. A row without a finite number (an empty line is one, too) is
+name. How many rows were sent is in a file beside it, prices.csv.count. To begin again, give the
+CSV file another name. A row without a finite number (an empty line is one, too) is
 sent as null, so that the numbers stay right. Its limits: rows that were sent must never change, and
 a file has one server. It survives a kill, but not always a power failure (it does not call fsync).
 """

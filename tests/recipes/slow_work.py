@@ -4,8 +4,9 @@
 
 You want it when the work on a sample takes longer than the time between two. Replace `work`.
 Ctrl-C waits for the calls that have begun, not for those that wait. It needs only Tornado. Its
-limits: after an exception up to four samples come again, so `work` must be idempotent. While `work`
-takes more than 10 s, a ping goes unanswered: the server drops the client, which comes back.
+limits: after an exception up to four samples come again, so `work` must be idempotent. When all
+that has come takes more than 10 s (80 samples at 0.5 s each), a ping goes unanswered: the server
+drops the client, which comes back, and may have missed samples.
 """
 
 import asyncio
