@@ -1,4 +1,4 @@
-"""Whatever README.md states about the two scripts holds, and the tree is as small as it should be.
+"""The names, options, sizes, formulas and transcripts of README.md hold, and so do its links.
 
 What the recipes do is tested beside them; what the tables of measurements say is not tested.
 """
@@ -13,7 +13,7 @@ import client
 import server
 from client import BetaBinomial, WebSocketClient
 from server import WebSocketServer
-from tests.support import ROOT, Recorder, first_line, running, wait_until
+from tests.support import ROOT, TIMEOUT, Recorder, first_line, running, wait_until
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -54,9 +54,14 @@ class ReadmeTests(unittest.TestCase):
         self.assertEqual(stated, files)
 
     def test_source_of_ones_own_is_a_program(self) -> None:
-        """The source that the README shows sends its prices to a client."""
+        """The source that the README shows sends its prices, and ends the server when it fails."""
         source = README.partition("```python\n")[2].partition("```")[0]
-        with running("-c", source.replace("port=8765", "port=0")) as process:
+        source = source.replace("port=8765", "port=0")
+        with running("-c", source.replace("101.4", "1 / 0")) as process:
+            _, errors = process.communicate(timeout=TIMEOUT)
+            self.assertIn("ZeroDivisionError", errors)
+            self.assertEqual(process.returncode, 1)
+        with running("-c", source) as process:
             recorder = Recorder(first_line(process))
             recorder.start()
             try:
