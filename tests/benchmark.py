@@ -1,6 +1,6 @@
 """What a sample costs, side by side with the libraries that one would take instead: the parts.
 
-To add a part, write it and name it in PARTS; what takes a Server runs in the process of that server.
+To add a part, write it and name it in PARTS; what takes a Server runs in that server's process.
 To add a library, see contestants.py. The processes are in measuring.py.
 """
 

@@ -1,6 +1,6 @@
 """The contestants: what serves samples, and what receives them, written with each library.
 
-To add a library, write one or both functions and a row of CONTESTANTS; how it is measured is elsewhere.
+To add a library, write one or both functions and a row of CONTESTANTS. Measuring is elsewhere.
 """
 
 import asyncio
