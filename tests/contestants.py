@@ -1,6 +1,6 @@
 """The contestants: what serves samples, and what receives them, written with each library.
 
-To add a library, write one or both functions and a row of CONTESTANTS; how it is measured is elsewhere.
+To add a library, write one or both functions and a row of CONTESTANTS. Measuring is elsewhere.
 """
 
 import asyncio
@@ -24,7 +24,6 @@ from tests.recipes.fast_lane import FastLane, frame
 Send = Callable[[list[Any]], Awaitable[None] | None]
 Serving = tuple[int, Send]
 Take = Callable[[list[Any]], None]
-Receiver = Callable[[str, Take], Coroutine[Any, Any, None]]
 
 
 # Serving, with pings or without, at a port or a free one, 0: each returns the port, and a function
@@ -236,18 +235,18 @@ class Contestant(NamedTuple):
     """What a library offers; None where it has no such side, and is measured with our client."""
 
     serve: Callable[[bool, int], Coroutine[Any, Any, Serving]] | None
-    receive: Receiver | None
-    module: str = "tornado"
+    receive: Callable[[str, Take], Coroutine[Any, Any, None]] | None
+    modules: tuple[str, ...] = ("tornado",)
 
 
 CONTESTANTS = {
     "ours": Contestant(ours, receive_ours),
     "fast lane": Contestant(partial(ours, handler=FastLane), None),
     "plain Tornado": Contestant(plain_loop, receive_tornado),
-    "websockets": Contestant(websockets_broadcast, receive_websockets, "websockets"),
-    "websocket-client": Contestant(None, receive_websocket_client, "websocket"),
-    "aiohttp": Contestant(aiohttp_loop, receive_aiohttp, "aiohttp"),
-    "picows": Contestant(picows_loop, receive_picows, "picows"),
-    "starlette": Contestant(starlette_loop, None, "uvicorn"),
+    "websockets": Contestant(websockets_broadcast, receive_websockets, ("websockets",)),
+    "websocket-client": Contestant(None, receive_websocket_client, ("websocket",)),
+    "aiohttp": Contestant(aiohttp_loop, receive_aiohttp, ("aiohttp",)),
+    "picows": Contestant(picows_loop, receive_picows, ("picows",)),
+    "starlette": Contestant(starlette_loop, None, ("starlette", "uvicorn")),
     "bare socket": Contestant(bare_socket, None),
 }

@@ -19,7 +19,7 @@ from tornado.testing import bind_unused_port, gen_test
 from tornado.websocket import WebSocketClientConnection, websocket_connect
 
 from server import WebSocketServer, make_app, serve
-from tests.recipes.fast_lane import FastLane
+from tests.recipes.fast_lane import FastLane, frame
 from tests.support import HANDSHAKE, PairCase, fresh_server, until
 
 
@@ -77,18 +77,46 @@ class FastLaneTests(PairCase):
     @gen_test
     async def test_gathers_one_turn_of_the_event_loop(self) -> None:
         """What comes in one turn is one message, or as many as message_size and history ask for."""
-        client, self.server.history_size = await self.connect(), 2_100
+        client = await self.connect()
         self.server.send_message([])  # is nothing to send
         await asyncio.sleep(0)
-        parts = (0, 3, [0]), (3, 1_503, [3, 1_003]), (1_503, 3_703, [1_603, 2_603, 3_603])
-        for begin, end, offsets in parts:
+        parts = (
+            (2_100, 0, 3, [0]),
+            (2_100, 3, 1_503, [3, 1_003]),
+            (2_100, 1_503, 3_703, [1_603, 2_603, 3_603]),
+            (100, 3_703, 3_853, [3_753]),  # a history that is shorter than a message
+        )
+        for self.server.history_size, begin, end, offsets in parts:
             for number in range(begin, end):
                 self.server.send_message([number])
             for offset in offsets:
                 expected = offset, [*range(offset, min(offset + 1_000, end))]
                 self.assertEqual(await self.take(client), expected)
         self.server.send_message(["x" * 70_000])  # has the longest form of a frame
-        self.assertEqual(await self.take(client), (3_703, ["x" * 70_000]))
+        self.assertEqual(await self.take(client), (3_853, ["x" * 70_000]))
+
+    @gen_test
+    async def test_goes_behind_a_ping_that_is_sent_in_part(self) -> None:
+        """A frame waits for what the stream has not written, even if the socket has room again."""
+        with socket.create_connection(("127.0.0.1", self.port)) as client:
+            client.sendall(HANDSHAKE)
+            await until(lambda: self.server.clients)
+            handler = next(iter(self.server.clients))
+            await until(lambda: not handler.writing)
+            client.recv(4096)  # the answer, and where the stream stands
+            peer: Any = handler.ws_connection
+            peer.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            expected = b""
+            while not peer.stream.writing():
+                peer.write_ping(bytes(100))
+                expected += bytes([0x89, 100, *bytes(100)])
+            got = client.recv(1 << 24)
+            self.server.send_message([1])
+            expected += frame(self.server.message(0, 1))
+            client.setblocking(False)
+            while len(got) < len(expected):
+                got += await asyncio.get_running_loop().sock_recv(client, 1 << 24)
+        self.assertEqual(got, expected)
 
     @gen_test
     async def test_closing_and_dead_clients_are_passed_over(self) -> None:

@@ -5,14 +5,12 @@ How many clients a server can feed, and what other libraries cost, is in benchma
 
 import argparse
 import asyncio
-import contextlib
 import inspect
 import json
 import statistics
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,12 +26,10 @@ from tornado.websocket import WebSocketHandler, websocket_connect
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.benchmark import progress, table, versions
+from tests.benchmark import Part, Row, table, take_turns, versions
 from tests.measuring import Process, ticks
 
 Take = Callable[[str | bytes], int]  # takes a message and returns the position after it
-
-
 RATE = 100  # samples per second, each in a message of its own
 samples: list[float] = []  # so far, each the time at which it was taken
 grown = asyncio.Event()
@@ -149,59 +145,79 @@ TRANSPORTS: dict[str, tuple[type, Callable[..., Coroutine[Any, Any, None]]]] = {
 }
 
 
-def serve(pipe: Connection, name: str, seconds: float) -> None:
-    """Be the process that the samples come from; tell its port, then what a sample has taken."""
-    sizes: list[int] = []  # of what the streams have moved, in both directions
-    for method in IOStream.read_from_fd, IOStream.write_to_fd:
+class Source:
+    """The process that the samples come from."""
 
-        def counted(stream: IOStream, data: Any, method: Any = method) -> int | None:
-            sizes.append(method(stream, data) or 0)
-            return sizes[-1] or None
+    def __init__(self) -> None:
+        self.sizes: list[int] = []  # of what the streams have moved, in both directions
+        for method in IOStream.read_from_fd, IOStream.write_to_fd:
 
-        setattr(IOStream, method.__name__, counted)
+            def counted(stream: IOStream, data: Any, method: Any = method) -> int | None:
+                self.sizes.append(method(stream, data) or 0)
+                return self.sizes[-1] or None
 
-    async def serving() -> None:
+            setattr(IOStream, method.__name__, counted)
+
+    async def serve(self, name: str) -> int:
+        """Serve by a transport, and return the port."""
         listener, port = bind_unused_port()
         side = TRANSPORTS[name][0]
         server = TCPSide() if side is TCPSide else HTTPServer(Application([("/", side)]))
         server.add_socket(listener)
-        pipe.send(port)
-        samples.append(0)  # the client takes it and says that it is there
-        await asyncio.get_running_loop().run_in_executor(None, pipe.recv)
-        sizes.clear()
+        samples.append(0)  # the client takes it, and is there
+        return port
+
+    async def feed(self, seconds: float) -> tuple[int, float, float]:
+        """Add samples; return how many, and the bytes and the processor time of each, in us."""
+        self.sizes.clear()
         start = time.process_time()
         async for now in ticks(RATE, seconds):
             samples.append(now)
             grown.set()
         await asyncio.sleep(0.1)  # the last sample travels
         number, spent = len(samples) - 1, time.process_time() - start
-        pipe.send((number, sum(sizes) / number, spent / number * 1e6))
-        await asyncio.Event().wait()
-
-    asyncio.run(serving())
+        return number, sum(self.sizes) / number, spent / number * 1e6
 
 
-def consume(pipe: Connection, name: str, port: int) -> None:
-    """Be the process that the samples go to; tell its processor time and the delays."""
-    position, start, delays = 0, 0.0, list[float]()
+class Sink:
+    """The process that the samples go to."""
 
-    def take(message: str | bytes) -> int:
-        nonlocal position, start
+    def __init__(self) -> None:
+        self.position, self.delays, self.there = 0, list[float](), asyncio.Event()
+
+    def take(self, message: str | bytes) -> int:
         now, new = time.perf_counter(), json.loads(message)["samples"]
-        if position == 0 and new:
-            start = time.process_time()
-            pipe.send(None)
-        delays.extend((now - sample) * 1e3 for sample in new if sample)
-        position += len(new)
-        return position
+        self.delays += [(now - sample) * 1e3 for sample in new]
+        self.position += len(new)
+        self.there.set()
+        return self.position
 
-    async def consuming() -> None:
-        following = asyncio.ensure_future(TRANSPORTS[name][1](port, take))
-        await asyncio.get_running_loop().run_in_executor(None, pipe.recv)
-        pipe.send((time.process_time() - start, sorted(delays)))
-        await following
+    async def follow(self, name: str, port: int) -> None:
+        """Connect, and wait for the first sample, which does not count."""
+        self.following = asyncio.ensure_future(TRANSPORTS[name][1](port, self.take))
+        await self.there.wait()
+        self.delays.clear()
+        self.start = time.process_time()
 
-    asyncio.run(consuming())
+    async def spent(self) -> tuple[float, list[float]]:
+        """Return the processor time, and the delays."""
+        return time.process_time() - self.start, sorted(self.delays)
+
+
+def transport(name: str, seconds: float) -> Part:
+    """Move samples by a transport."""
+    while True:
+        with Process(Source) as server, Process(Sink) as client:
+            client.ask(Sink.follow, name, server.ask(Source.serve, name))
+            number, size, sending = server.ask(Source.feed, seconds)
+            receiving, delays = client.ask(Sink.spent)
+        yield {
+            Row("bytes", 0): size,
+            Row("us, server", 0): sending,
+            Row("us, client", 0): receiving / number * 1e6,
+            Row("ms delay, median"): statistics.median(delays),
+            Row("99th percentile"): delays[int(len(delays) * 0.99)],
+        }
 
 
 def main() -> None:
@@ -210,26 +226,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="that all take turns in: 5")
     parser.add_argument("--seconds", type=float, default=3, help="of each: 3")
     options = parser.parse_args()
-    found: dict[str, list[tuple[float, ...]]] = {name: [] for name in TRANSPORTS}
-    for turn in range(options.rounds):
-        for name, results in found.items():
-            progress(f"round {turn + 1}, {name}")
-            with contextlib.ExitStack() as stack:
-                server = stack.enter_context(Process(serve, name, options.seconds))
-                client = stack.enter_context(Process(consume, name, server.answer()))
-                client.answer()
-                number, size, sending = server.ask("begin")
-                receiving, delays = client.ask("end")
-            late = statistics.median(delays), delays[int(len(delays) * 0.99)]
-            results.append((size, sending, receiving / number * 1e6, *late))
-    progress("")
+    found = take_turns(transport, TRANSPORTS, (options.seconds,), options.rounds)
     print(f"{versions()}. One sample in a message, {RATE} messages/s.\n")
-    heading = ["per sample", "bytes", "us, server", "us, client", "ms delay, median"]
-    rows = [[*heading, "99th percentile", "lines"]]
-    for name, results in found.items():
-        middles = [statistics.median(column) for column in zip(*results, strict=True)]
-        lines = sum(len(inspect.getsource(side).splitlines()) for side in TRANSPORTS[name])
-        rows.append([name, *map("{:,.{}f}".format, middles, [0, 0, 0, 1, 1]), str(lines)])
+    rows = [["per sample", *(row.label for row in found), "lines"]]
+    for name, sides in TRANSPORTS.items():
+        lines = sum(len(inspect.getsource(side).splitlines()) for side in sides)
+        rows.append([name, *(row.cell(name, found[row]) for row in found), str(lines)])
     table(*rows)
 
 
