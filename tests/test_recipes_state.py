@@ -18,7 +18,7 @@ from client import BetaBinomial
 from tests.recipes import numbered_source
 from tests.recipes.checkpoint import Checkpointed
 from tests.support import Recorder, fresh_server, until
-from tests.test_recipes import URL, RecipeCase, test
+from tests.test_recipes import URL, RecipeCase
 
 
 class CheckpointTests(RecipeCase):
@@ -27,7 +27,6 @@ class CheckpointTests(RecipeCase):
     def saved(self) -> Any:
         return json.loads(self.path.read_bytes()) if self.path.exists() else {"position": 0}
 
-    @test
     async def test_kills(self) -> None:
         """A client that is killed again and again counts as much as one that never stopped."""
         coin, chance = random.Random(9), random.Random(10)
@@ -75,7 +74,6 @@ class CheckpointTests(RecipeCase):
         self.assertEqual((again.epoch, again.position, again.refused), ("9f86d081", 5, 2))
         self.assertIn("refused 2", str(again))
 
-    @test
     async def test_damaged(self) -> None:
         """A damaged checkpoint, or a place where none can be, is refused in one line."""
         Checkpointed(URL, self.path)
@@ -93,7 +91,6 @@ class CheckpointTests(RecipeCase):
 
 
 class NumberedSourceTests(RecipeCase):
-    @test
     async def test_kills(self) -> None:
         """While the server is killed in mid-file again and again, a client gets each row once."""
         chance = random.Random(11)
@@ -118,7 +115,6 @@ class NumberedSourceTests(RecipeCase):
         self.assertEqual((client.epoch, client.missed), (self.path.name, 0))
         self.assertNotRegex(str(log.output), "began anew|HTTP 400")
 
-    @test
     async def test_order(self) -> None:
         """Rows sent before are in the log before the server listens; a count is saved first."""
         self.path.write_bytes(b"\xef\xbb\xbfprice\n10\n\xff\n12\n13\n14\n")
@@ -150,7 +146,6 @@ class NumberedSourceTests(RecipeCase):
                 lines = io.StringIO(f'day,price\r\na,1\r\n{row}\r\n"c\r\n",3\r\n')
                 self.assertEqual([*numbered_source.read(lines, "price")], [1, None, 3])
 
-    @test
     async def test_refusals(self) -> None:
         """A wrong file, column, interval or count ends it with one line, and changes nothing."""
         count = self.path.with_name("my file.count")
