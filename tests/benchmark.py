@@ -314,7 +314,7 @@ def main() -> None:
     """Measure all parts, or those that are named, and print two tables: overload and the rest."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("part", nargs="*", choices=[*PARTS, []], help="what to measure: all")
-    parser.add_argument("--rounds", type=int, default=5, help="that all take turns in: 5")
+    parser.add_argument("--rounds", type=int, default=5, help="%(default)s, at most")
     parser.add_argument("--tiny", action="store_true", help="only see that everything runs, once")
     options = parser.parse_args()
     rounds = 1 if options.tiny else options.rounds

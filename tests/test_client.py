@@ -216,7 +216,7 @@ class RuleTests(ClientCase):
 
     @gen_test
     async def test_goes_on_from_what_was_set(self) -> None:
-        """posterior, epoch, position and missed that were set before are gone on from."""
+        """It goes on from posterior, epoch, position and missed as they were set."""
         client = WebSocketClient(self.url)
         self.server.send_message([0, 0, 1, 1])
         client.posterior, client.missed = BetaBinomial(3, 1), 7

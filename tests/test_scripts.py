@@ -173,7 +173,7 @@ class SignalTests(ScriptCase):
             self.assertRegex(err, r"^(\S+ client \S+ closed, 0 left\n)?$")
 
     def test_two_signals_in_a_row_end_a_client_without_a_traceback(self) -> None:
-        """A second Ctrl-C, however soon after the first, breaks into nothing that would tell."""
+        """A second Ctrl-C, however soon after the first, gives no traceback of client.py or Tornado."""
         with running("server.py", *FAST) as process:
             url = first_line(process)
             for pause in (0, 0.005, 0.01, 0.02, 0.04):
@@ -291,7 +291,7 @@ class OutputTests(ScriptCase):
                 self.assertNotIn("Traceback", err)
 
     def test_an_output_that_takes_nothing(self) -> None:
-        """Closed, or that of head, it is passed over in silence; full, it is one line, status 1."""
+        """One that is closed, or that head has left, costs no line; a full one costs one line."""
         watch = "client.py", "--url", self.url
         serve = "server.py", "--address", "127.0.0.1", "--port", str(self.port)
         closed, head = 'exec "$@" >&-', '("$@"; echo status $? >&2) | head -n 1'

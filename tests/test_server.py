@@ -253,7 +253,7 @@ class BadClientTests(ServerCase):
 
     @gen_test
     async def test_reset_clients_are_forgotten_quietly(self) -> None:
-        """Connections that are reset, with writes unfinished, leave no client and no log."""
+        """Connections that are reset, with writes unfinished, leave no client and no warning."""
         with self.assertNoLogs(level="WARNING"):
             for _ in range(5):
                 with socket.create_connection(("127.0.0.1", self.port)) as peer:

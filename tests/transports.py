@@ -223,7 +223,7 @@ def transport(name: str, seconds: float) -> Part:
 def main() -> None:
     """Print one table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="that all take turns in: 5")
+    parser.add_argument("--rounds", type=int, default=5, help="%(default)s")
     parser.add_argument("--seconds", type=float, default=3, help="of each: 3")
     options = parser.parse_args()
     found = take_turns(transport, TRANSPORTS, (options.seconds,), options.rounds)

@@ -5,10 +5,10 @@ together, and a client that is behind is sent what it lacks in the ordinary way.
 
     python -m tests.recipes.fast_lane
 
-serves the coin. For a source of your own, subclass FastLane, or call its `send_message`, and serve
-make_app(FastLane). The protocol is unchanged, and it works over TLS. It needs only Tornado. Its
-limit: it leans on `ws_connection.stream`, which Tornado does not document. Below a few hundred
-clients the ordinary way is fast enough.
+serves the coin, until Ctrl-C. For a source of your own, subclass FastLane, or call its
+`send_message`, and serve make_app(FastLane). The protocol is unchanged, and it works over TLS. It
+needs only Tornado. Its limit: it leans on `ws_connection.stream`, which Tornado does not document.
+Below a few hundred clients the ordinary way is fast enough.
 """
 
 import asyncio

@@ -11,9 +11,9 @@ or `python other_libraries.py websockets`. Ctrl-C ends it. `Position` is the cli
 transport, in the standard library alone.
 
 websockets closes the connection (1009) at a message of more than `max_size`, by default 1 MiB.
-After a drop, 1,000 samples (the server's `message_size`) of 2 kB come in one message, and would come
-again for ever. So it is set to 10 MiB here, as much as client.py takes. A sample that is not 0 or 1
-is left out, and one line says so.
+After a drop, 1,000 samples (the server's `message_size`) of 2 kB come in one message, and would
+come again for ever. So it is set to 10 MiB here, as much as client.py takes. A sample that is not 0
+or 1 is left out, and one line says so.
 
 Its limit: `take` moves the position before your code has the samples. If your code fails then, end
 the program, or they are never counted.

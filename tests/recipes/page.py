@@ -21,8 +21,8 @@ A browser lets every page open a WebSocket to your server, from your visitor's m
 It only says in the Origin header which site the page came from. Tornado compares this with Host
 (so the proxy must pass Host on), or trusts the browser's Sec-Fetch-Site header. For any other site
 it asks `check_origin`, which answers no: 403. Programs such as client.py send no Origin and pass.
-So do not replace `check_origin` with `return True`: then every page that a visitor has open can read
-the stream with that visitor's access. If your page is on another host, trust that whole origin:
+So do not replace `check_origin` with `return True`: then every page that a visitor has open can
+read the stream with that visitor's access. If your page is on another host, trust that whole origin:
 
     app.settings["trusted_origins"] = ["https://example.org"]
 
