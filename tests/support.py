@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import os
 import socket
 import subprocess
 import sys
@@ -174,7 +175,8 @@ def running(*arguments: str, **outputs: Any) -> Iterator[subprocess.Popen[str]]:
     """Run Python, such as a script with its options; pipe both outputs, and kill it at the end."""
     command = [sys.executable, "-W", "error", *arguments]
     outputs = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | outputs
-    with subprocess.Popen(command, text=True, cwd=ROOT, **outputs) as process:
+    usual = os.environ | {"PYTHONUNBUFFERED": ""}  # or a flush that is missing would not show
+    with subprocess.Popen(command, text=True, cwd=ROOT, env=usual, **outputs) as process:
         try:
             yield process
         finally:

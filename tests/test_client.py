@@ -261,14 +261,16 @@ class RuleTests(ClientCase):
             for react, error in cases:
                 play = Play(self, [message(3, [2])], [message(3, [2])])
                 play.client.react = react
-                with self.subTest(react=react), self.assertLogs("client", "ERROR") as logs:
+                with self.subTest(react=react), self.assertLogs("client", "WARNING") as logs:
                     self.follow(play.client)
                     await play.requested(3)
                     await self.end()
                     self.assertEqual(play.requests[1:3], ["/?epoch=a&offset=3"] * 2)
                     self.assertEqual(play.closed, [1000] * 2)
-                    for text in logs.output:
+                    again = "WARNING:client:the same samples will come again; next try in "
+                    for text, line in zip(logs.output[::2], logs.output[1::2], strict=False):
                         self.assertRegex(text, rf"(?s):on_message failed\nTraceback .*\n{error}$")
+                        self.assertTrue(line.startswith(again), line)
                     del logs
                 gc.collect()
 

@@ -299,7 +299,8 @@ class StreamTests(ServerCase):
         for (self.server, url, samples), connection in zip(streams, early, strict=True):
             for reader in (connection, await self.connect(url=url)):
                 self.assertEqual(await self.read(reader), (0, samples))
-        self.assertEqual((WebSocketServer.end, WebSocketServer.history), (0, []))
+        for unused in WebSocketServer, fresh_server(A):
+            self.assertEqual((unused.end, unused.history), (0, []))
 
 
 class ServeTests(ServerCase):
