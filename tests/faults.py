@@ -149,7 +149,7 @@ async def quiet(*clients: Recorder) -> None:
 
 async def caught_up(stream: Stream, *clients: Recorder) -> None:
     """Wait until the clients stand at the end, and nothing more comes, such as a sample again."""
-    await until(lambda: all(client.position >= stream.end for client in clients), timeout=90)
+    await until(lambda: all(client.position >= stream.end for client in clients))
     await quiet(*clients)
 
 
@@ -524,7 +524,7 @@ async def crowd(pattern: Pattern, *, late: int = 10_000) -> Tally:
     async with serving(pattern) as stream:
         stream.send(late)
         async with following(*(clients := stream.more(500))):
-            await until(lambda: len(stream.server.clients) == 501, timeout=90)
+            await until(lambda: len(stream.server.clients) == 501)
             stream.send(100)
             await tally.add(stream, stream.control, *clients)
     return tally
@@ -568,7 +568,7 @@ async def bounces(
                 with serving_numbers(handler, first, port) as process:
                     goal = first + 100
                     there = lambda: all(max(c.samples, default=0) >= goal for c in clients)  # noqa: B023
-                    await until(there, timeout=90)
+                    await until(there)
                     process.send_signal(number)
                     code = await asyncio.to_thread(process.wait)
                 await quiet(*clients)  # what is on its way when the server ends still comes

@@ -27,7 +27,7 @@ HANDSHAKE = (
     b"GET /websocket HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
 )
-TIMEOUT = 30  # seconds until a condition that never comes true fails a test; no measurement
+TIMEOUT = 90  # seconds until a condition that never comes true fails a test; no measurement
 
 
 def fresh_server(
@@ -40,9 +40,9 @@ def fresh_server(
     return type("FreshServer", (handler,), {"clients": set()} | attributes)
 
 
-async def until(condition: Callable[[], object], timeout: float = TIMEOUT) -> None:
+async def until(condition: Callable[[], object]) -> None:
     """Let the event loop run until the condition holds."""
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + TIMEOUT
     while not condition():
         if time.monotonic() > deadline:
             raise AssertionError("the condition did not come true")

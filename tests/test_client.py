@@ -315,6 +315,7 @@ class RetryTests(ClientCase):
         cases: list[tuple[float, list[list[Item]], list[float]]] = [
             (3, [[1001], [1001], taken, [1001], ["x"]], [3, 6, 3, 6, 12, 24, 30, 30]),
             (3, [taken, refused, refused, refused], [3, 6, 12, 24, 30]),
+            (3, [[1001], refused, [1001]], [3, 6, 12, 24]),
             (1e9, [], [30, 30, 30]),
         ]
         for delay, script, limits in cases:
@@ -396,6 +397,29 @@ class EndTests(ClientCase):
         play.may_connect.set()
         await play.ended()
         self.assertEqual((play.closed, play.client.calls), ([1000], 0))
+
+    @gen_test
+    async def test_cancelling_before_the_first_message(self) -> None:
+        """A connection on which nothing has come is closed, too."""
+        play = Play(self, [])
+        with self.assertLogs("client", "INFO") as logs:
+            self.follow(play.client)
+            await until(lambda: logs.output)
+        await self.end()
+        await play.ended()
+        self.assertEqual(play.closed, [1000])
+
+    @gen_test
+    async def test_start_after_a_run_that_was_cancelled(self) -> None:
+        """It goes on where the run has ended, whoever has ended it."""
+        client = Stub(self.url)
+        self.server.send_message([1])
+        self.follow(client)
+        await client.reach(self.server.epoch, 1, 0)
+        await self.end()
+        self.begin(client)
+        self.server.send_message([2])
+        await client.reach(self.server.epoch, 2, 0)
 
     @gen_test
     async def test_stop_in_on_message(self) -> None:
@@ -529,6 +553,22 @@ class EndTests(ClientCase):
             watch(Interrupted(self.url))
         self.assertEqual(output.getvalue(), "line 1\nline 3\n")
         self.assertEqual(state(), before)
+
+    def test_watch_shows_a_line_a_second(self) -> None:
+        """It ends when the thread of the client has ended, though nobody has called stop."""
+        client, waits = Stub(self.url), list[float]()
+
+        def wait(seconds: float) -> None:
+            waits.append(seconds)
+            if len(waits) == 2:
+                assert client._task and client._thread
+                client._task.get_loop().call_soon_threadsafe(client._task.cancel)
+                client._thread.join()
+            self.assertLess(len(waits), 3)
+
+        with mock.patch("time.sleep", wait), contextlib.redirect_stdout(io.StringIO()) as output:
+            watch(client)
+        self.assertEqual((waits, output.getvalue().count("\n")), ([1, 1], 3))
 
 
 class PairTests(ClientCase):

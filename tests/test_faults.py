@@ -194,7 +194,7 @@ class StreamTests(FaultCase):
                 stack.enter_context(running("-c", "while True: pass"))
             process = stack.enter_context(running("-c", code, *ANYWHERE, "--interval", "10"))
             async with following(client := Recorder(first_line(process))):
-                await until(lambda: client.position >= 80, timeout=90)
+                await until(lambda: client.position >= 80)
             self.assertEqual((client.samples, client.missed), ([*range(client.position)], 0))
 
     @gen_test(timeout=600)
@@ -324,7 +324,7 @@ class BarrageTests(FaultCase):
             with self.subTest(f"{row}: {reply[:50]!r} ... {reply[-100:]!r}"):
                 with contextlib.closing(fake), self.assertLogs("client", "WARNING") as logs:
                     async with following(client):
-                        await until(lambda: len(logs.output) >= tries, timeout=90)  # noqa: B023
+                        await until(lambda: len(logs.output) >= tries)  # noqa: B023
                 self.assertIn(len(fake.streams) - len(logs.output), (0, 1))
                 waits = [call.args for call in uniform.call_args_list[:tries]]
                 self.assertEqual(waits, [(0, 0.01 * 2**attempt) for attempt in range(tries)])
@@ -378,7 +378,7 @@ class BarrageTests(FaultCase):
         self.enterContext(mock.patch("random.uniform", return_value=0.0))
         with self.subTest(SEED=SEED), contextlib.closing(FakeServer(replies(), hold=True)) as fake:
             async with following(client := Recorder(fake.url)):
-                await until(lambda: fake.streams[300:] or self.tracebacks.found, timeout=90)
+                await until(lambda: fake.streams[300:] or self.tracebacks.found)
 
     def history(self, counts: list[Any]) -> Iterator[bytes]:
         """Yield random messages, and leave in the list what a client may then have counted."""

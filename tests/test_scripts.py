@@ -215,6 +215,11 @@ class SignalTests(ScriptCase):
                         status, _, err = stop(process)
                         self.assertEqual((status, err), (0, ""))
 
+    def test_a_signal_after_the_end_is_passed_over(self) -> None:
+        """The handlers of run stay, and have nothing to end any more."""
+        code = "import asyncio, os, server; server.run(asyncio.sleep(0)); os.kill(os.getpid(), 15)"
+        self.assertEqual(finished("-c", code), (0, "", ""))
+
 
 class OptionTests(ScriptCase):
     def test_what_cannot_be_done_is_one_line(self) -> None:
@@ -224,6 +229,7 @@ class OptionTests(ScriptCase):
         bad += [f"--interval={interval}" for interval in ("0", "-1", "nan", "inf", "0.5")]
         bad += [f"--batch={batch}" for batch in ("0", "-1", "x")]
         bad += [f"--url={url}" for url in ("http://a/", "a", "", "ws://a:99999", "ws://u:pw@a/")]
+        bad += ["--url"]
 
         class Unstarted(WebSocketClient):
             def start(self) -> None:
@@ -264,6 +270,9 @@ class OptionTests(ScriptCase):
         for text in ("localhost", "8765", "0.72", "100", "1"):
             self.assertIn(f"({text})\n", out)
         self.assertIn("ws://localhost:8765/websocket", finished("client.py", "--help")[1])
+        for module in server, client:
+            words = finished(f"{module.__name__}.py", "--help")[1].split()
+            self.assertIn(" ".join((module.__doc__ or "none").split()), " ".join(words))
 
     def test_importing_does_nothing(self) -> None:
         """Importing either script prints, parses and starts nothing."""
@@ -286,8 +295,9 @@ class OutputTests(ScriptCase):
                 running("client.py", "--url", self.url) as process,
             ):
                 said(process, "cannot connect")
+                first = first_line(process)  # which is there at once
                 status, out, err = stop(process, number)
-                self.assertEqual((status, {*out.splitlines()}), (expected, {line}))
+                self.assertEqual((status, {first, *out.splitlines()}), (expected, {line}))
                 self.assertNotIn("Traceback", err)
 
     def test_an_output_that_takes_nothing(self) -> None:

@@ -219,6 +219,17 @@ class SlowClientTests(ServerCase):
             self.assertEqual([offset for offset, _ in got[:3]], [0, 0, 1])
             self.assertEqual(got[3], rest)
 
+    @gen_test
+    async def test_a_cancelled_write_leaves_no_traceback(self) -> None:
+        """As when the event loop ends; the client is no longer passed over."""
+        await self.ready()
+        (client,) = self.server.clients
+        future = asyncio.get_running_loop().create_future()
+        with mock.patch.object(client, "write_message", return_value=future):
+            self.server.send_message([1])
+        future.cancel()
+        await until(lambda: not client.writing)
+
 
 class BadClientTests(ServerCase):
     @gen_test
@@ -328,6 +339,12 @@ class ServeTests(ServerCase):
                 with self.assertRaisesRegex((OSError, SystemExit), expected):
                     await serve(make_app(), self.port, host)
             gc.collect()  # Tornado forgets the socket that it could not bind
+        with mock.patch("tornado.netutil.bind_sockets", side_effect=OSError("busy")):
+            for ports, port in (((), 8765), ((65_535,), 65_535)):
+                with self.assertRaisesRegex(
+                    SystemExit, f"^cannot listen on localhost:{port}: busy$"
+                ):
+                    await serve(make_app(), *ports)
 
     @gen_test
     async def test_ssl_options_make_it_wss(self) -> None:
