@@ -130,7 +130,7 @@ class StreamTests(FaultCase):
     async def test_signals(self) -> None:
         """A server ends though its peer says no goodbye, or two signals come at once."""
         cases = [([signal.SIGTERM], faults.request())]
-        for _ in range(100 if LONG else 20):
+        for _ in range(100 if LONG else 8):
             cases.append((random.choices((signal.SIGTERM, signal.SIGINT), k=2), b""))
         for signals, data in cases:
             with self.subTest(SEED=SEED), running("server.py", *ANYWHERE) as process:
@@ -210,7 +210,7 @@ class StreamTests(FaultCase):
                     await peer.read_until(b"\r\n\r\n")
 
             sizes = []
-            for number in (3_000, 26_000 if LONG else 3_000):  # the first are what the heap needs
+            for number in (3_000, 26_000) if LONG else (500, 1_500):  # the first are what the heap needs
                 for _ in range(number // 50):
                     await asyncio.gather(*(visit() for _ in range(50)))
                 await until(lambda: len(os.listdir(files)) == count)
