@@ -210,7 +210,8 @@ class StreamTests(FaultCase):
                     await peer.read_until(b"\r\n\r\n")
 
             sizes = []
-            for number in (3_000, 26_000) if LONG else (500, 1_500):  # the first are what the heap needs
+            counts = (3_000, 26_000) if LONG else (500, 1_500)  # the first are what the heap needs
+            for number in counts:
                 for _ in range(number // 50):
                     await asyncio.gather(*(visit() for _ in range(50)))
                 await until(lambda: len(os.listdir(files)) == count)
