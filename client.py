@@ -107,7 +107,7 @@ class WebSocketClient:
         gc.collect()  # closes the socket that Tornado leaves open after a broken handshake
 
     def stop(self) -> None:
-        """End `start` or `run`, and wait for the thread; called by `on_message`, it does not wait."""
+        """End `start` or `run`, and wait for the thread. In `on_message` it does not wait."""
         task, self._task = self._task, None
         if task and not task.done():
             task.get_loop().call_soon_threadsafe(task.cancel)

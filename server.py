@@ -57,7 +57,7 @@ class WebSocketServer(websocket.WebSocketHandler):
         asyncio.get_running_loop()  # RuntimeError in any other thread
         if not isinstance(samples, list):
             raise TypeError(f"samples must be a list, not {samples!r:.80}")
-        cls.history += json.loads(json.dumps(samples, allow_nan=False))  # a copy of its own
+        cls.history += json.loads(json.dumps(samples, allow_nan=False))  # the log's own copy
         del cls.history[: -cls.history_size]
         cls.end += len(samples)
         for client in cls.clients:
@@ -98,7 +98,7 @@ class WebSocketServer(websocket.WebSocketHandler):
             self.write_message(self.message(offset, end)).add_done_callback(self.written)
             self.position = end
         except Exception as error:  # noqa: BLE001 - whatever is wrong, it costs the others nothing
-            if not isinstance(error, websocket.WebSocketClosedError):  # closing already
+            if not isinstance(error, websocket.WebSocketClosedError):  # it was open
                 log.warning("client %s dropped: %r", self.request.remote_ip, error)
             self.close()
 
@@ -170,7 +170,7 @@ async def main() -> None:
 
 
 def run(coroutine: Any) -> None:
-    """Set up logging and run a coroutine until Ctrl-C or SIGTERM; a second waits for no client."""
+    """Log, and run a coroutine until Ctrl-C or SIGTERM; after a second one, wait for no client."""
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     log.setLevel(logging.INFO)
     with asyncio.Runner() as runner, contextlib.suppress(asyncio.CancelledError):
