@@ -9,6 +9,7 @@ import logging
 import random
 import secrets
 import signal
+import sys
 from typing import Any, ClassVar
 from urllib.parse import parse_qsl
 
@@ -43,9 +44,8 @@ class WebSocketServer(websocket.WebSocketHandler):
     writing = False  # of each client: whether the last write to it is unfinished
 
     def __init_subclass__(cls) -> None:
-        own = {"epoch": secrets.token_hex(4), "end": 0, "history": []}
-        for name in own.keys() - vars(cls).keys():  # except for what its body sets
-            setattr(cls, name, own[name])
+        for name, own in {"epoch": secrets.token_hex(4), "end": 0, "history": []}.items():
+            setattr(cls, name, vars(cls).get(name, own))  # what its body sets stays
 
     @classmethod
     def send_message(cls, samples: list[Any]) -> None:
@@ -129,17 +129,17 @@ async def serve(
     if not address or not 0 <= port <= 65_535:  # an empty one would open it to the whole network
         raise ValueError(f"address must not be empty, port from 0 to 65535: {address!r}, {port}")
     host = f"[{address}]" if ":" in address else address
-    try:
-        sockets = netutil.bind_sockets(port, address)  # port 0 takes a free one
-    except (OSError, UnicodeError) as error:
-        raise SystemExit(f"cannot listen on {host}:{port}: {error}") from error
     limits = {"idle_connection_timeout": 10, "body_timeout": 10}  # seconds, for silent peers
     server = httpserver.HTTPServer(app, ssl_options=ssl_options, **limits)
-    server.add_sockets(sockets)
-    port = sockets[0].getsockname()[1]
     try:
+        sockets = netutil.bind_sockets(port, address)  # port 0 takes a free one
+        server.add_sockets(sockets)
+        port = sockets[0].getsockname()[1]
         print(f"{'wss' if ssl_options else 'ws'}://{host}:{port}/websocket", flush=True)
         await asyncio.Event().wait()  # until cancelled
+    except (OSError, UnicodeError) as error:
+        sys.stdout = None  # or Python would write to a full one again as it exits
+        raise SystemExit(f"cannot serve on {host}:{port}: {error}") from error
     finally:
         server.stop()
         while WebSocketServer.clients:
@@ -165,8 +165,8 @@ async def main() -> None:
         toss = lambda: WebSocketServer.send_message([coin.sample() for _ in range(options.batch)])
         ioloop.PeriodicCallback(toss, options.interval).start()
         await serve(make_app(), options.port, options.address)
-    except (argparse.ArgumentError, OSError, ValueError) as error:
-        parser.exit(1 if isinstance(error, OSError) else 2, f"{parser.prog}: error: {error}\n")
+    except (argparse.ArgumentError, ValueError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
 
 
 def run(coroutine: Any) -> None:

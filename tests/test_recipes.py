@@ -191,7 +191,7 @@ class ProgramTests(RecipeCase):
         ):
             with self.subTest(command):
                 program = self.copy(*command.split(), port=self.port)
-                await self.ends(program, 1, rf"cannot listen on localhost:{self.port}: .*\n")
+                await self.ends(program, 1, rf"cannot serve on localhost:{self.port}: .*\n")
                 self.assertNotIn("ws://", program.out())
         self.assertFalse((self.folder / "data.count").exists())
 
@@ -480,4 +480,4 @@ class PrivateTests(RecipeCase):
             self.assertNotIn("t0ken", program.out() + program.err())
         self.assertIn("401 GET", server.err())
         taken = self.start("private", "server", own, own, "--port", self.port)
-        await self.ends(taken, 1, r"cannot listen on .*\n")
+        await self.ends(taken, 1, r"cannot serve on .*\n")

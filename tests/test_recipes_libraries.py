@@ -226,7 +226,7 @@ class BrokerTests(RecipeCase):
         """A server goes on after a lost consumer and a purge, and ends when the stream is anew."""
         await self.start_broker()
         taken = self.start("broker", "--broker", self.broker, "serve", "--port", self.port)
-        await self.ends(taken, 1, r"cannot listen on .*\n")
+        await self.ends(taken, 1, r"cannot serve on .*\n")
         server, url = await self.serve_stream()
         client = self.recorder(url)
         for numbers in range(5), range(5, 20):

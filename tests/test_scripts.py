@@ -256,7 +256,7 @@ class OptionTests(ScriptCase):
         for arguments, status, text in (
             (["server.py", "--address="], 2, "server.py: error: .* empty"),
             (["client.py", "--unknown"], 2, "client.py: error: .*--unknown"),
-            (busy, 1, f"cannot listen on 127.0.0.1:{self.port}: "),
+            (busy, 1, f"cannot serve on 127.0.0.1:{self.port}: "),
         ):
             *got, line = finished(*arguments)
             self.assertEqual(got, [status, ""])
@@ -304,12 +304,14 @@ class OutputTests(ScriptCase):
         """One that is closed, or that head has left, costs no line; a full one costs one line."""
         watch = "client.py", "--url", self.url
         serve = "server.py", "--address", "127.0.0.1", "--port", str(self.port)
+        place = f"127.0.0.1:{self.port}"
         closed, head = 'exec "$@" >&-', '("$@"; echo status $? >&2) | head -n 1'
         cases = [(watch, closed, "", 0), (serve, closed, "", 0), (watch, head, "status 0\n", 0)]
         if os.path.exists("/dev/full"):
-            error = "standard output: [Errno 28] No space left on device\n"
             # Unbuffered, Python would have nothing left to flush as it exits.
-            cases.append((watch, 'unset PYTHONUNBUFFERED; exec "$@" >/dev/full', error, 1))
+            full = 'unset PYTHONUNBUFFERED; exec "$@" >/dev/full'
+            for script, what in (watch, "standard output"), (serve, f"cannot serve on {place}"):
+                cases.append((script, full, f"{what}: [Errno 28] No space left on device\n", 1))
         for arguments, command, line, status in cases:
             shell = "/bin/sh", "-c", command, "sh", *PYTHON, *arguments
             with self.subTest(shell=shell), spawned(*shell, stdout=DEVNULL) as process:

@@ -335,14 +335,14 @@ class ServeTests(ServerCase):
         hosts = {"127.0.0.1": "127.0.0.1", "2001:db8::1": r"\[2001:db8::1\]", "a..b": "a..b"}
         with warnings.catch_warnings(action="ignore", category=ResourceWarning):
             for host, text in hosts.items():
-                expected = f"^cannot listen on {text}:{self.port}: "
+                expected = f"^cannot serve on {text}:{self.port}: "
                 with self.assertRaisesRegex((OSError, SystemExit), expected):
                     await serve(make_app(), self.port, host)
             gc.collect()  # Tornado forgets the socket that it could not bind
         with mock.patch("tornado.netutil.bind_sockets", side_effect=OSError("busy")):
             for ports, port in (((), 8765), ((65_535,), 65_535)):
                 with self.assertRaisesRegex(
-                    SystemExit, f"^cannot listen on localhost:{port}: busy$"
+                    SystemExit, f"^cannot serve on localhost:{port}: busy$"
                 ):
                     await serve(make_app(), *ports)
 
