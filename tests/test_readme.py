@@ -13,7 +13,7 @@ import client
 import server
 from client import BetaBinomial, WebSocketClient
 from server import WebSocketServer
-from tests.support import ROOT, TIMEOUT, Recorder, first_line, running, wait_until
+from tests.support import ROOT, TIMEOUT, first_line, running
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -53,21 +53,20 @@ class ReadmeTests(unittest.TestCase):
         files = {path.stem for path in (ROOT / "tests" / "recipes").glob("*.py")} - {"__init__"}
         self.assertEqual(stated, files)
 
-    def test_source_of_ones_own_is_a_program(self) -> None:
-        """The source that the README shows sends its prices, and ends the server when it fails."""
-        source = README.partition("```python\n")[2].partition("```")[0]
+    def test_source_and_model_of_ones_own_are_programs(self) -> None:
+        """The source sends its prices, and ends the server when it fails; the model follows it."""
+        source, model = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
         source = source.replace("port=8765", "port=0")
         with running("-c", source.replace("101.4", "1 / 0")) as process:
             _, errors = process.communicate(timeout=TIMEOUT)
             self.assertIn("ZeroDivisionError", errors)
             self.assertEqual(process.returncode, 1)
-        with running("-c", source) as process:
-            recorder = Recorder(first_line(process))
-            recorder.start()
-            try:
-                wait_until(lambda: recorder.samples == [101.5, 101.7, 101.4])
-            finally:
-                recorder.stop()
+        with (
+            running("-c", source) as process,
+            running("-c", model, "--url", first_line(process)) as follower,
+        ):
+            lines = (first_line(follower) for _ in range(TIMEOUT))
+            self.assertIn("highest 101.7  missed 0", lines)
 
     def test_options_exist(self) -> None:
         """Every option after server.py or client.py is one of that script."""
