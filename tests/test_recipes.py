@@ -329,7 +329,7 @@ class SourceTests(RecipeCase):
                 connection.close()
                 self.assertEqual((connection.close_code, connection.close_reason), answer)
         for word, status, log in ("a-guess", 1, "refused: 1008 wrong key\n"), (key, 0, ""):
-            await self.ends(self.start("set_p", "--url", url, word, 0), status, log)
+            await self.ends(self.copy("set_p", "--url", url, word, 0), status, log)
         # By chance, with p = 0.72, that would come about once in 10 ** 11 times.
         await until(lambda: recorder.samples[-20:] == [0] * 20)
         await self.goodbye(program, recorder)

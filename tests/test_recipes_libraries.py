@@ -255,7 +255,7 @@ class OtherLibrariesTests(RecipeCase):
 
     async def test_count_each_sample_once_through_a_drop(self) -> None:
         """A message of 2 MB, and what comes before, during and after a drop, is counted once."""
-        clients = [self.start("other_libraries", name, "--url", self.url) for name in LIBRARIES]
+        clients = [self.copy("other_libraries", name, "--url", self.url) for name in LIBRARIES]
         await until(lambda: len(self.server.clients) == len(clients))
         self.server.send_message(["x" * 2_000] * (self.server.message_size - 1))
         samples = tosses(1, 0.72, 120)

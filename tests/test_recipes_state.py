@@ -42,7 +42,7 @@ class CheckpointTests(RecipeCase):
             client.kill()  # SIGKILL
             self.assertNotIn("Traceback", client.err())
         feeding.stop()
-        client = self.start("checkpoint", self.path, "--url", self.url)
+        client = self.copy("checkpoint", self.path, "--url", self.url)
         await client.line()  # it may have nothing left to count
         await until(lambda: self.saved()["position"] == self.server.end == staying.position)
         await self.interrupt(client)

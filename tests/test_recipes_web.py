@@ -146,8 +146,8 @@ class PageTests(WebCase):
         await self.value("{const random = Math.random; Math.random = () => 0.5 + random() / 2}")
         for samples, counts in ([0, 0, 1], (7, 4, 0)), ([1] * 25, (17, 14, 15)):
             for handler in list(self.server.clients):
-                handler.close(1001)
-            await self.shows("/^reconnecting in \\d s$/.test(part('state').textContent)")
+                handler.close(1001, "going away")
+            await self.shows("/reconnecting in \\d s: going away$/.test(part('state').textContent)")
             self.server.send_message(samples)
             await self.counted(*counts)
         await self.restart()

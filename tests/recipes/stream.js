@@ -52,7 +52,7 @@ function follow() {
       socket.close();
     }
   };
-  socket.onclose = () => again(follow, reason);
+  socket.onclose = (event) => again(follow, reason || (event.reason && `: ${event.reason}`));
 }
 
 function followEvents() {
