@@ -136,13 +136,13 @@ async def serve(
         server.add_sockets(sockets)
         port = sockets[0].getsockname()[1]
         print(f"{'wss' if ssl_options else 'ws'}://{host}:{port}/websocket", flush=True)
-        await asyncio.Event().wait()  # until cancelled
+        await asyncio.Event().wait()  # which nobody sets: until cancelled
     except (OSError, UnicodeError) as error:
-        sys.stdout = None  # or Python would write to a full one again as it exits
+        sys.stdout = None  # or Python would write to a full disk again as it exits
         raise SystemExit(f"cannot serve on {host}:{port}: {error}") from error
     finally:
         server.stop()
-        while WebSocketServer.clients:
+        while WebSocketServer.clients:  # on_close removes each, after 5 s at most
             for client in list(WebSocketServer.clients):
                 client.catch_up()  # a last message, with up to message_size of what it lacks
                 client.close(1001, "going away")
