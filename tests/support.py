@@ -106,6 +106,7 @@ class PairCase(AsyncTestCase):
     """A test with a fresh server in its own event loop, and clients that it stops at the end."""
 
     attributes: ClassVar[dict[str, Any]] = {}  # of the server, such as history_size
+    unread = False  # a connection whose messages nobody reads leaves a task for good
 
     def setUp(self) -> None:
         super().setUp()
@@ -162,6 +163,8 @@ class PairCase(AsyncTestCase):
             for server in self.others:
                 server.stop()
                 await server.close_all_connections()
+            # Or a handshake that is cut here has nobody to see its failure.
+            await until(lambda: self.unread or len(asyncio.all_tasks()) == 1)
 
         self.io_loop.run_sync(end)
         super().tearDown()

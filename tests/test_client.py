@@ -162,11 +162,6 @@ class ClientCase(PairCase):
         async def end() -> None:
             while self.following:
                 await self.end()
-            for server in self.others:
-                await server.close_all_connections()
-            await self.close()
-            # Or a handshake that is cut here has nobody to see its failure.
-            await until(lambda: len(asyncio.all_tasks()) == 1)
 
         self.io_loop.run_sync(end)
         super().tearDown()

@@ -24,6 +24,8 @@ from tests.support import HANDSHAKE, PairCase, fresh_server, until
 
 
 class FastLaneTests(PairCase):
+    unread = True
+
     def listen(self, port: int = 0) -> None:
         self.server = fresh_server(FastLane)
         super().listen(port)

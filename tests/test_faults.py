@@ -43,15 +43,11 @@ HURRY = 1 if LONG else 20  # by how much limits of ten seconds are shortened
 
 
 class FaultCase(PairCase):
-    """A test that leaves no task, and in the log no traceback."""
+    """A test whose random faults can be repeated."""
 
     def setUp(self) -> None:
         super().setUp()
         random.seed(SEED)
-
-    def tearDown(self) -> None:
-        self.io_loop.run_sync(lambda: until(lambda: len(asyncio.all_tasks()) == 1))  # this one
-        super().tearDown()
 
     @contextlib.asynccontextmanager
     async def healthy(self, **options: Any) -> AsyncIterator[Stream]:

@@ -65,6 +65,7 @@ class WebCase(RecipeCase):
 class PageTests(WebCase):
     devtools: ClassVar[str]  # the address of Chromium's DevTools
     tab: WebSocketClientConnection  # the page's end of their protocol
+    unread = True
 
     @classmethod
     def setUpClass(cls) -> None:

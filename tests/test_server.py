@@ -45,6 +45,8 @@ class RandomBernoulliTests(unittest.TestCase):
 class ServerCase(PairCase):
     """A fresh server, and connections to it that are closed at the end."""
 
+    unread = True
+
     def setUp(self) -> None:
         super().setUp()
         self.connections: list[WebSocketClientConnection] = []
