@@ -92,11 +92,10 @@ class WebSocketServer(websocket.WebSocketHandler):
     def catch_up(self) -> None:
         """Send what this client lacks and the history has, up to `message_size` samples of it."""
         offset = max(self.position, self.end - len(self.history))
-        end = min(offset + self.message_size, self.end)
+        self.position = min(offset + self.message_size, self.end)
         self.writing = True  # until it is written, so a slow client gets fewer, larger messages
         try:
-            self.write_message(self.message(offset, end)).add_done_callback(self.written)
-            self.position = end
+            self.write_message(self.message(offset, self.position)).add_done_callback(self.written)
         except Exception as error:  # noqa: BLE001 - whatever is wrong, it costs the others nothing
             if not isinstance(error, websocket.WebSocketClosedError):  # it was open
                 log.warning("client %s dropped: %r", self.request.remote_ip, error)
@@ -131,14 +130,15 @@ async def serve(
     host = f"[{address}]" if ":" in address else address
     limits = {"idle_connection_timeout": 10, "body_timeout": 10}  # seconds, for silent peers
     server = httpserver.HTTPServer(app, ssl_options=ssl_options, **limits)
+    sockets: list[Any] = []
     try:
-        sockets = netutil.bind_sockets(port, address)  # port 0 takes a free one
+        sockets += netutil.bind_sockets(port, address)  # port 0 takes a free one
         server.add_sockets(sockets)
         port = sockets[0].getsockname()[1]
         print(f"{'wss' if ssl_options else 'ws'}://{host}:{port}/websocket", flush=True)
         await asyncio.Event().wait()  # which nobody sets: until cancelled
     except (OSError, UnicodeError) as error:
-        sys.stdout = None  # or Python would write to a full disk again as it exits
+        sys.stdout = None if sockets else sys.stdout  # or the end would print to a full disk again
         raise SystemExit(f"cannot serve on {host}:{port}: {error}") from error
     finally:
         server.stop()

@@ -11,6 +11,7 @@ import json
 import math
 import socket
 import ssl
+import sys
 import unittest
 import warnings
 from typing import Any, ClassVar
@@ -341,6 +342,7 @@ class ServeTests(ServerCase):
                 with self.assertRaisesRegex((OSError, SystemExit), expected):
                     await serve(make_app(), self.port, host)
             gc.collect()  # Tornado forgets the socket that it could not bind
+        self.assertTrue(sys.stdout)  # who catches the error, as IPython does, can still print
         with mock.patch("tornado.netutil.bind_sockets", side_effect=OSError("busy")):
             for ports, port in (((), 8765), ((65_535,), 65_535)):
                 with self.assertRaisesRegex(
