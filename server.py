@@ -138,7 +138,7 @@ async def serve(
         print(f"{'wss' if ssl_options else 'ws'}://{host}:{port}/websocket", flush=True)
         await asyncio.Event().wait()  # which nobody sets: until cancelled
     except (OSError, UnicodeError) as error:
-        sys.stdout = None if sockets else sys.stdout  # or the end would print to a full disk again
+        sys.stdout = None if sockets else sys.stdout  # or Python would print again as it exits
         raise SystemExit(f"cannot serve on {host}:{port}: {error}") from error
     finally:
         server.stop()
