@@ -165,6 +165,8 @@ class PairCase(AsyncTestCase):
                 await server.close_all_connections()
             # Or a handshake that is cut here has nobody to see its failure.
             await until(lambda: self.unread or len(asyncio.all_tasks()) == 1)
+            for _ in range(3):  # turns of the event loop, in which Tornado passes the failure on
+                await asyncio.sleep(0)
 
         self.io_loop.run_sync(end)
         super().tearDown()
