@@ -4,23 +4,22 @@ That their servers feed a client of the stream and end quietly is in test_recipe
 """
 
 import asyncio
+import importlib
 import itertools
 import json
 import random
 import re
-import tempfile
-from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 from urllib.parse import urlsplit
 
-from tornado.httpclient import AsyncHTTPClient, HTTPRequest
+from tornado.httpclient import AsyncHTTPClient
 from tornado.web import Application, StaticFileHandler
-from tornado.websocket import WebSocketClientConnection, websocket_connect
 
 from client import WebSocketClient
+from tests.faults import raw
 from tests.recipes import events, page
-from tests.support import HANDSHAKE, TIMEOUT, accepts, free_port, until, wait_until
-from tests.test_recipes import RECIPES, Program, RecipeCase, needs, which
+from tests.support import HANDSHAKE, TIMEOUT, accepts, free_port, until
+from tests.test_recipes import RECIPES, RecipeCase, needs, which
 
 EVENTS = b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
@@ -50,72 +49,32 @@ class WebCase(RecipeCase):
         self, address: str, pattern: str, header: str = "", request: bytes = EVENTS
     ) -> str:
         """Return what answers a request with one more header until the pattern matches."""
-        reader, writer = await asyncio.open_connection(*address.split(":"))
-        writer.write(request.removesuffix(b"\r\n") + f"{header}\r\n".encode())
-        text = ""
-        while not re.search(pattern, text, re.DOTALL):
-            data = await reader.read(65_536)
-            assert data, text
-            text += data.decode(errors="replace")  # a frame may follow
-        writer.close()
-        return text
+        async with raw(f"http://{address}", request[:-2] + f"{header}\r\n".encode()) as peer:
+            return (await peer.read_until_regex(f"(?s){pattern}".encode())).decode()
 
 
-@needs(program="chromium")
+@needs("playwright", program="chromium")
 class PageTests(WebCase):
-    devtools: ClassVar[str]  # the address of Chromium's DevTools
-    tab: WebSocketClientConnection  # the page's end of their protocol
-    unread = True
-
-    @classmethod
-    def setUpClass(cls) -> None:
-        """Start a headless Chromium that all tests share."""
-        super().setUpClass()
-        folder = cls.enterClassContext(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
-        options = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run
-            --disable-background-networking --disable-component-update --disable-sync
-            --disable-dev-shm-usage --no-proxy-server --remote-debugging-port=0"""
-        profile = f"--user-data-dir={folder}/profile"
-        chromium = Program(Path(folder), "chromium", *options.split(), profile, "about:blank")
-        cls.addClassCleanup(chromium.wait)
-        cls.addClassCleanup(chromium.terminate)
-        wait_until(lambda: "DevTools listening on" in chromium.err())
-        (cls.devtools,) = re.findall(r"listening on ws://(.*?)/", chromium.err())
+    playwright: Any
+    page: Any
+    value: Any  # evaluates JavaScript in the page
+    shows: Any  # waits until it is true
 
     def tearDown(self) -> None:
-        self.io_loop.run_sync(lambda: self.call("Page.close"))
-        self.tab.close()
+        self.io_loop.run_sync(self.playwright.stop)
         super().tearDown()
 
     async def browse(self, address: str) -> None:
-        """Open a page in a tab of its own, and wait until it is live."""
-        new = f"http://{self.devtools}/json/new?http://{address}"
-        target = await AsyncHTTPClient().fetch(HTTPRequest(new, "PUT", body=""))
-        self.tab = await websocket_connect(json.loads(target.body)["webSocketDebuggerUrl"])
-        await self.shows(f"location == 'http://{address}' && document.readyState === 'complete'")
+        """Open a page in a headless Chromium of its own, and wait until it is live."""
+        start = importlib.import_module("playwright.async_api").async_playwright().start
+        self.playwright = await start()
+        options: Any = {"executable_path": which("chromium"), "args": ["--no-sandbox"]}
+        browser = await self.playwright.chromium.launch(**options)
+        self.page = await browser.new_page()
+        self.page.set_default_timeout(TIMEOUT * 1_000)
+        self.value, self.shows = self.page.evaluate, self.page.wait_for_function
+        await self.page.goto(f"http://{address}")
         await self.shows("part('state').textContent === 'live'")
-
-    async def call(self, method: str, **parameters: Any) -> Any:
-        """Call a method of the DevTools protocol, and return its result."""
-        await self.tab.write_message(json.dumps({"id": 1, "method": method, "params": parameters}))
-        answer: dict[str, Any] = {}
-        while "id" not in answer:  # but tells of an event
-            frame = await self.tab.read_message()
-            assert frame is not None, "the browser has gone"
-            answer = json.loads(frame)
-        return answer["result"]
-
-    async def value(self, expression: str) -> Any:
-        """Evaluate JavaScript in the page."""
-        answer = await self.call("Runtime.evaluate", expression=expression, returnByValue=True)
-        assert "exceptionDetails" not in answer, answer
-        return answer["result"].get("value")
-
-    async def shows(self, expression: str) -> None:
-        """Wait until JavaScript is true in the page."""
-        async with asyncio.timeout(TIMEOUT):
-            while not await self.value(expression):
-                await asyncio.sleep(0.02)
 
     async def counted(self, trials: int, ones: int, missed: int) -> None:
         """Check what the page shows, when it has drawn so many trials."""
@@ -144,7 +103,7 @@ class PageTests(WebCase):
         await self.browse(f"{self.address}/")
         self.server.send_message([1, 0, 1, 1])
         await self.counted(4, 3, 0)
-        await self.value("{const random = Math.random; Math.random = () => 0.5 + random() / 2}")
+        await self.value("random = Math.random; Math.random = () => 0.5 + random() / 2; 0")
         for samples, counts in ([0, 0, 1], (7, 4, 0)), ([1] * 25, (17, 14, 15)):
             for handler in list(self.server.clients):
                 handler.close(1001, "going away")
@@ -169,9 +128,7 @@ class PageTests(WebCase):
         self.assertEqual(await self.value(limits), [6, 12, 24, 30, 30, 30])
         self.server.send_message([1])  # which was taken already
         await self.shows("limit === 3")
-        await self.value(
-            "{const count = onSamples; onSamples = () => {onSamples = count; throw 0}}"
-        )
+        await self.value("count = onSamples; onSamples = () => {onSamples = count; throw 0}; 0")
         self.server.send_message([1, 0, 1])
         await self.counted(6, 4, 0)
 
@@ -202,10 +159,8 @@ class PageTests(WebCase):
         fits = "part('interval').scrollWidth <= part('interval').clientWidth"
         height = "onState('{}', true); document.body.scrollHeight"
         for scheme, width in itertools.product(("light", "dark"), (360, 1280)):
-            size = {"width": width, "height": 520, "deviceScaleFactor": 1, "mobile": False}
-            await self.call("Emulation.setDeviceMetricsOverride", **size)
-            feature = {"name": "prefers-color-scheme", "value": scheme}
-            await self.call("Emulation.setEmulatedMedia", features=[feature])
+            await self.page.set_viewport_size({"width": width, "height": 520})
+            await self.page.emulate_media(color_scheme=scheme)
             live = await self.value(height.format("live"))
             self.assertEqual(await self.value(f"{grey} < 128"), scheme == "dark")
             self.assertLessEqual(await self.value("document.documentElement.scrollWidth"), width)
