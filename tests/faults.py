@@ -329,11 +329,6 @@ def request(*more: str, line: str = "GET /websocket HTTP/1.1", without: str = "n
     return "\r\n".join([line, *kept, *more, "", ""]).encode()
 
 
-def get(target: str) -> bytes:
-    """Make a handshake for a path and a query; EPOCH in it stands for the server's own."""
-    return request(line=f"GET {target} HTTP/1.1")
-
-
 BYE = frame(0x88, b"\x03\xe8")  # 1000
 ENDS = r"\d+.*|no code|dropped"
 PLAIN = b"GET /websocket HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -343,6 +338,7 @@ DEFLATE = request("Sec-WebSocket-Extensions: permessage-deflate; client_max_wind
 NOT_UTF_8 = (b"\xff\xfe", b"\xc0\x80", b"\xed\xa0\x80", b"\xe2\x82")  # overlong, surrogate, half
 CODES = (0, 999, 1004, 1005, 1006, 1015, 2999, 5000, 65_535)  # which nobody may send
 ORIGINS = ("http://evil.example", "null", "http://localhost:1")
+ELSEWHERE = ("/elsewhere", "/", "/websocket/x")
 SIZES = (100, 100_000)
 
 # A regular expression for what comes of it, and what follows a handshake, one after the other.
@@ -366,7 +362,7 @@ FRAMES: list[tuple[str, list[bytes]]] = [
 REQUESTS: list[tuple[str, list[bytes]]] = [
     ("400 .*", [PLAIN, request(without="Sec-WebSocket-Key"), request(without="Upgrade")]),
     ("400 .*|dropped", [b"hello\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n"]),  # TLS
-    ("404 .*", [get(path) for path in ("/elsewhere", "/", "/websocket/x")]),
+    ("404 .*", [request(line=f"GET {path} HTTP/1.1") for path in ELSEWHERE]),
     ("405 .*", [request("Content-Length: 0", line=POST)]),
     ("405 .*", [request(line="WATCH /websocket HTTP/1.1")]),
     ("426 .*", [request("Sec-WebSocket-Version: 8", without="Sec-WebSocket-Version")]),
@@ -400,8 +396,8 @@ CASES = [
 
 def random_cases() -> Iterator[Case]:
     """Yield frames that lie, noise in place of frames, and handshakes with wrong bytes."""
-    for number in range(226):
-        data = bytearray(get("/websocket?epoch=EPOCH&offset=0"))
+    for number in range(226):  # EPOCH stands for the server's own
+        data = bytearray(request(line="GET /websocket?epoch=EPOCH&offset=0 HTTP/1.1"))
         if number % 3 == 0:
             for _ in range(random.randrange(1, 6)):
                 data += frame(

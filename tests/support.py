@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
@@ -23,6 +23,7 @@ from client import WebSocketClient
 from server import WebSocketServer, make_app
 
 ROOT = Path(__file__).resolve().parent.parent
+PYTHON = (sys.executable, "-W", "error")
 HANDSHAKE = (
     b"GET /websocket HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
@@ -61,11 +62,6 @@ def accepts(port: int) -> bool:
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
         return True
     return False
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    """Wait, outside any event loop, until the condition holds."""
-    asyncio.run(until(condition))
 
 
 class Recorder(WebSocketClient):
@@ -146,10 +142,10 @@ class PairCase(AsyncTestCase):
         self.following.append(task)
         return task
 
-    def serve(self, application: Application) -> str:
+    def serve(self, application: Application, **options: Any) -> str:
         """Serve another application, such as a server that misbehaves, and return its address."""
         sockets = bind_sockets(0, "127.0.0.1")
-        server = HTTPServer(application)
+        server = HTTPServer(application, **options)
         server.add_sockets(sockets)
         self.others.append(server)
         return f"127.0.0.1:{sockets[0].getsockname()[1]}"
@@ -158,7 +154,8 @@ class PairCase(AsyncTestCase):
         async def end() -> None:
             for task in self.following:
                 task.cancel()
-            await asyncio.gather(*self.following, return_exceptions=True)
+            ends = await asyncio.gather(*self.following, return_exceptions=True)
+            self.assertEqual({*map(type, ends)} - {asyncio.CancelledError}, set())
             await self.close()
             for server in self.others:
                 server.stop()
@@ -176,11 +173,13 @@ class PairCase(AsyncTestCase):
 
 
 @contextlib.contextmanager
-def running(*arguments: str, **outputs: Any) -> Iterator[subprocess.Popen[str]]:
+def running(
+    *arguments: str, program: Sequence[str] = PYTHON, **outputs: Any
+) -> Iterator[subprocess.Popen[str]]:
     """Run Python, such as a script with its options; pipe both outputs, and kill it at the end."""
-    command = [sys.executable, "-W", "error", *arguments]
     outputs = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | outputs
     usual = os.environ | {"PYTHONUNBUFFERED": ""}  # or a flush that is missing would not show
+    command = [*program, *arguments]
     with subprocess.Popen(command, text=True, cwd=ROOT, env=usual, **outputs) as process:
         try:
             yield process

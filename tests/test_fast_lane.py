@@ -4,45 +4,27 @@ How fast it is, benchmark.py measures.
 """
 
 import asyncio
-import contextlib
 import importlib.util
-import io
-import json
 import socket
 import ssl
 import unittest
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
-from tornado.httpclient import HTTPRequest
-from tornado.httpserver import HTTPServer
-from tornado.testing import bind_unused_port, gen_test
-from tornado.websocket import WebSocketClientConnection, websocket_connect
+from tornado.testing import gen_test
 
-from server import WebSocketServer, make_app, serve
+from server import make_app
 from tests.recipes.fast_lane import FastLane, frame
-from tests.support import HANDSHAKE, PairCase, fresh_server, until
+from tests.support import HANDSHAKE, until
+from tests.test_server import ServerCase
 
 
-class FastLaneTests(PairCase):
-    unread = True
+class FastLaneTests(ServerCase):
+    attributes: ClassVar[dict[str, Any]] = {"handler": FastLane}
 
-    def listen(self, port: int = 0) -> None:
-        self.server = fresh_server(FastLane)
-        super().listen(port)
-
-    async def connect(self, url: str = "", **options: Any) -> WebSocketClientConnection:
-        client = await websocket_connect(HTTPRequest(url or self.url, **options))
-        self.assertEqual(await self.take(client), (0, []))
-        return client
-
-    async def take(self, client: WebSocketClientConnection) -> tuple[int, list[Any]]:
-        message = json.loads(await client.read_message() or "null")
-        return message["offset"], message["samples"]
-
-    async def storm(self, url: str, **options: Any) -> None:
+    async def storm(self, **options: Any) -> None:
         """Send more than the buffers hold; it is all to come, in order, in fewer messages."""
-        client = await self.connect(url, **options)
+        (client,) = await self.ready(**options)
         peer: Any = next(iter(self.server.clients)).ws_connection
         peer.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         for number in range(100):
@@ -51,7 +33,7 @@ class FastLaneTests(PairCase):
             await asyncio.sleep(0)
         got, messages = list[str](), 0
         while len(got) < 100:
-            offset, samples = await self.take(client)
+            offset, samples = await self.read(client)
             self.assertEqual(offset, len(got))
             got, messages = got + samples, messages + 1
         self.assertEqual([*map(int, got)], [*range(100)])
@@ -60,7 +42,7 @@ class FastLaneTests(PairCase):
     @gen_test
     async def test_slow_reader_gets_everything_in_few_messages(self) -> None:
         """Frames that are sent in part arrive whole and in order."""
-        await self.storm(self.url)
+        await self.storm()
 
     @unittest.skipUnless(importlib.util.find_spec("trustme"), "trustme is not installed")
     @gen_test
@@ -70,17 +52,15 @@ class FastLaneTests(PairCase):
 
         authority, trusting = trustme.CA(), ssl.create_default_context()
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        authority.issue_cert("localhost").configure_cert(context)
+        authority.issue_cert("127.0.0.1").configure_cert(context)
         authority.configure_trust(trusting)
-        listener, port = bind_unused_port()
-        self.others.append(HTTPServer(make_app(self.server), ssl_options=context))
-        self.others[0].add_socket(listener)
-        await self.storm(f"wss://localhost:{port}/websocket", ssl_options=trusting)
+        address = self.serve(make_app(self.server), ssl_options=context)
+        await self.storm(url=f"wss://{address}/websocket", ssl_options=trusting)
 
     @gen_test
     async def test_gathers_one_turn_of_the_event_loop(self) -> None:
         """What comes in one turn is one message, or as many as message_size and history ask for."""
-        client = await self.connect()
+        (client,) = await self.ready()
         self.server.send_message([])  # is nothing to send
         await asyncio.sleep(0)
         parts = (
@@ -94,9 +74,9 @@ class FastLaneTests(PairCase):
                 self.server.send_message([number])
             for offset in offsets:
                 expected = offset, [*range(offset, min(offset + 1_000, end))]
-                self.assertEqual(await self.take(client), expected)
+                self.assertEqual(await self.read(client), expected)
         self.server.send_message(["x" * 70_000])  # has the longest form of a frame
-        self.assertEqual(await self.take(client), (3_853, ["x" * 70_000]))
+        self.assertEqual(await self.read(client), (3_853, ["x" * 70_000]))
 
     @gen_test
     async def test_goes_behind_a_ping_that_is_sent_in_part(self) -> None:
@@ -104,10 +84,9 @@ class FastLaneTests(PairCase):
         with socket.create_connection(("127.0.0.1", self.port)) as client:
             client.sendall(HANDSHAKE)
             await until(lambda: self.server.clients)
-            handler = next(iter(self.server.clients))
-            await until(lambda: not handler.writing)
+            await self.written()
             client.recv(4096)  # the answer, and where the stream stands
-            peer: Any = handler.ws_connection
+            peer: Any = next(iter(self.server.clients)).ws_connection
             peer.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
             expected = b""
             while not peer.stream.writing():
@@ -124,12 +103,12 @@ class FastLaneTests(PairCase):
     @gen_test
     async def test_closing_and_dead_clients_are_passed_over(self) -> None:
         """Nothing follows a Close frame, and a reset client costs the others nothing."""
-        dead, other = socket.create_connection(("127.0.0.1", self.port)), await self.connect()
+        dead, (other,) = socket.create_connection(("127.0.0.1", self.port)), await self.ready()
         dead.sendall(HANDSHAKE)
         dead.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         await until(lambda: len(self.server.clients) == 2)
         before = set(self.server.clients)
-        await self.connect()
+        await self.ready()
         (closing,) = self.server.clients - before
         dead.close()
         peer: Any = closing.ws_connection
@@ -137,20 +116,16 @@ class FastLaneTests(PairCase):
         with mock.patch.object(peer, "stream") as stream:
             stream.closed.return_value = stream.writing.return_value = False
             self.server.send_message([1])
-            self.assertEqual(await self.take(other), (0, [1]))
+            self.assertEqual(await self.read(other), (0, [1]))
         stream.write.assert_not_called()
         stream.socket.send.assert_not_called()
 
     @gen_test
     async def test_what_waits_is_sent_before_the_goodbye(self) -> None:
         """Samples of the turn in which `serve` is cancelled come before its Close frame."""
-        self.server.clients = WebSocketServer.clients  # those to whom `serve` says goodbye
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
-            serving = asyncio.ensure_future(serve(make_app(self.server), 0, "127.0.0.1"))
-            await until(printed.getvalue)
-        client = await self.connect(printed.getvalue().strip())
+        serving = await self.begin()
+        (client,) = await self.ready()
         serving.cancel()
         self.server.send_message([1])
-        self.assertEqual(await self.take(client), (0, [1]))
+        self.assertEqual(await self.read(client), (0, [1]))
         self.assertIsNone(await client.read_message())
-        await asyncio.wait([serving])

@@ -101,11 +101,8 @@ class ReadmeTests(unittest.TestCase):
 
     def test_statistics_hold(self) -> None:
         """The formulas, and the sd after 600 trials, are what BetaBinomial gives."""
-        s, n = 432, 600
-        a, b = 1 + s, 1 + n - s
-        posterior = BetaBinomial().update([1] * s + [0] * (n - s))
-        self.assertEqual(posterior, (a, b))
-        self.assertAlmostEqual(posterior.mean, a / (a + b))
+        a, b = posterior = BetaBinomial().update([1] * 432 + [0] * 168)
+        self.assertEqual(posterior, (1 + 432, 1 + 600 - 432))
         self.assertAlmostEqual(posterior.sd, math.sqrt(a * b / ((a + b) ** 2 * (a + b + 1))))
         self.assertIn(f"about {posterior.sd:.3f}", README)
         self.assertAlmostEqual(posterior.sd / BetaBinomial(4 * a, 4 * b).sd, 2, places=2)
@@ -132,10 +129,8 @@ class ReadmeTests(unittest.TestCase):
 class TreeTests(unittest.TestCase):
     def test_scripts_are_small_and_alone(self) -> None:
         """Each is read at one sitting, imports nothing from the other, and needs only Tornado."""
-        for name, other, code, lines in (
-            ("server.py", "client", 140, 185),
-            ("client.py", "server", 180, 240),
-        ):
+        sizes = ("server.py", "client", 140, 185), ("client.py", "server", 180, 240)
+        for name, other, code, lines in sizes:
             source = (ROOT / name).read_text(encoding="utf-8")
             self.assertLessEqual(lines_of_code(source), code, name)
             self.assertLessEqual(len(source.splitlines()), lines, name)

@@ -10,13 +10,10 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import time
 import unittest
-from collections.abc import Iterator
-from subprocess import DEVNULL, PIPE, Popen
-from typing import Any
+from subprocess import DEVNULL, Popen
 from unittest import mock
 
 from tornado.websocket import WebSocketProtocol13
@@ -24,27 +21,16 @@ from tornado.websocket import WebSocketProtocol13
 import client
 import server
 from client import BetaBinomial, WebSocketClient
-from tests.support import HANDSHAKE, ROOT, accepts, first_line, free_port, running, wait_until
+from tests.support import HANDSHAKE, PYTHON, accepts, first_line, free_port, running, until
 
 FAST = ("--port", "0", "--address", "127.0.0.1", "--interval", "1")
-PYTHON = (sys.executable, "-W", "error")
-
-
-@contextlib.contextmanager
-def spawned(*command: str, **options: Any) -> Iterator[Popen[str]]:
-    """Run a command with a standard output of one's own, and kill it at the end."""
-    with Popen(command, stderr=PIPE, text=True, cwd=ROOT, **options) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
 
 
 def finished(*arguments: str) -> tuple[int, str, str]:
     """Run Python until it ends, and return its status and both outputs."""
-    command = [sys.executable, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    return done.returncode, done.stdout, done.stderr
+    with running(*arguments, program=[sys.executable]) as process:
+        out, err = process.communicate()
+    return process.returncode, out, err
 
 
 def stop(process: Popen[str], number: int = signal.SIGINT) -> tuple[int, str, str]:
@@ -54,12 +40,6 @@ def stop(process: Popen[str], number: int = signal.SIGINT) -> tuple[int, str, st
     # communicate() would pass over what readline() has buffered.
     out, err = process.stdout.read(), process.stderr.read()
     return process.wait(), out, err
-
-
-def remarks(process: Popen[str]) -> str:
-    """Return what a client says until it ends, except for its failed tries."""
-    assert process.stderr
-    return "".join(line for line in process.stderr if " cannot connect: [Errno" not in line)
 
 
 def said(process: Popen[str], text: str) -> str:
@@ -80,16 +60,15 @@ class ScriptCase(unittest.TestCase):
     def follow(self, process: Popen[str], enough: int) -> str:
         """Read lines, whose counts never go down, until one has enough trials, and return it."""
         assert process.stdout
-        shown, trials = WebSocketClient(self.url), 0.0
+        shown, trials = WebSocketClient(self.url), 0
         for line in process.stdout:
             match = re.search(r" Beta\((\d+), (\d+)\) .* missed (\d+)$", line)
             assert match, line
-            shown.posterior = BetaBinomial(int(match[1]), int(match[2]))
-            shown.missed = int(match[3])
+            alpha, beta, shown.missed = map(int, match.groups())
+            shown.posterior = BetaBinomial(alpha, beta)
             self.assertEqual(line, f"{shown}\n")
-            self.assertGreaterEqual(shown.posterior.alpha + shown.posterior.beta - 2, trials)
-            trials = shown.posterior.alpha + shown.posterior.beta - 2
-            if trials >= enough:
+            self.assertGreaterEqual(alpha + beta - 2, trials)
+            if (trials := alpha + beta - 2) >= enough:
                 return str(shown)
         raise AssertionError("the output ended")
 
@@ -199,8 +178,7 @@ class SignalTests(ScriptCase):
                 url = f"ws://127.0.0.1:{listener.getsockname()[1]}/"
                 # Tornado forgets to close the connection of a 101 that it does not accept,
                 # which only "-W error" would say.
-                command = sys.executable, "client.py", "--url", url
-                with spawned(*command, stdout=PIPE) as process:
+                with running("client.py", "--url", url, program=[sys.executable]) as process:
                     peer, _ = listener.accept()
                     with peer, peer.makefile("rb") as request:
                         head = b"".join(iter(request.readline, b"\r\n"))
@@ -230,11 +208,8 @@ class OptionTests(ScriptCase):
         bad += [f"--batch={batch}" for batch in ("0", "-1", "x")]
         bad += [f"--url={url}" for url in ("http://a/", "a", "", "ws://a:99999", "ws://u:pw@a/")]
         bad += ["--url"]
-
-        class Unstarted(WebSocketClient):
-            def start(self) -> None:
-                raise AssertionError("started")
-
+        started = AssertionError("started")
+        self.enterContext(mock.patch.object(WebSocketClient, "start", side_effect=started))
         # A server that took a bad option would end here, too, but with status 1.
         busy = "server.py", "--address=127.0.0.1", f"--port={self.port}"
         self.enterContext(socket.create_server(("127.0.0.1", self.port)))
@@ -247,7 +222,7 @@ class OptionTests(ScriptCase):
             ):
                 with self.assertRaises(SystemExit) as end:
                     if argv[0] == "client.py":
-                        client.main(Unstarted)
+                        client.main()
                     else:
                         asyncio.run(server.main())
                 self.assertEqual(end.exception.code, 2)
@@ -265,14 +240,15 @@ class OptionTests(ScriptCase):
 
     def test_help_names_every_option_with_its_default(self) -> None:
         """--help says what the script does, and each option's default."""
-        status, out, _ = finished("server.py", "--help")
-        self.assertEqual(status, 0)
-        for text in ("localhost", "8765", "0.72", "100", "1"):
-            self.assertIn(f"({text})\n", out)
-        self.assertIn("ws://localhost:8765/websocket", finished("client.py", "--help")[1])
-        for module in server, client:
-            words = finished(f"{module.__name__}.py", "--help")[1].split()
-            self.assertIn(" ".join((module.__doc__ or "none").split()), " ".join(words))
+        for module, defaults in (
+            (server, ("(localhost)\n", "(8765)\n", "(0.72)\n", "(100)\n", "(1)\n")),
+            (client, ("ws://localhost:8765/websocket\n",)),
+        ):
+            status, out, err = finished(f"{module.__name__}.py", "--help")
+            self.assertEqual((status, err), (0, ""))
+            for text in defaults:
+                self.assertIn(text, out)
+            self.assertIn(" ".join((module.__doc__ or "none").split()), " ".join(out.split()))
 
     def test_importing_does_nothing(self) -> None:
         """Importing either script prints, parses and starts nothing."""
@@ -308,17 +284,20 @@ class OutputTests(ScriptCase):
         closed, head = 'exec "$@" >&-', '("$@"; echo status $? >&2) | head -n 1'
         cases = [(watch, closed, "", 0), (serve, closed, "", 0), (watch, head, "status 0\n", 0)]
         if os.path.exists("/dev/full"):
-            # Unbuffered, Python would have nothing left to flush as it exits.
-            full = 'unset PYTHONUNBUFFERED; exec "$@" >/dev/full'
+            full = 'exec "$@" >/dev/full'
             for script, what in (watch, "standard output"), (serve, f"cannot serve on {place}"):
                 cases.append((script, full, f"{what}: [Errno 28] No space left on device\n", 1))
         for arguments, command, line, status in cases:
-            shell = "/bin/sh", "-c", command, "sh", *PYTHON, *arguments
-            with self.subTest(shell=shell), spawned(*shell, stdout=DEVNULL) as process:
+            shell = "/bin/sh", "-c", command, "sh", *PYTHON
+            with (
+                self.subTest(command=command, arguments=arguments),
+                running(*arguments, program=shell, stdout=DEVNULL) as process,
+            ):
                 if command == closed:
                     if arguments == watch:
                         said(process, "cannot connect")
                     else:
-                        wait_until(lambda: accepts(self.port))
+                        asyncio.run(until(lambda: accepts(self.port)))
                     process.send_signal(signal.SIGINT)
-                self.assertEqual((remarks(process), process.wait()), (line, status))
+                lines = re.sub(".* cannot connect: .Errno .*\n", "", process.communicate()[1])
+                self.assertEqual((lines, process.returncode), (line, status))

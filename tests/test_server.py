@@ -17,7 +17,7 @@ import warnings
 from typing import Any, ClassVar
 from unittest import mock
 
-from tornado.httpclient import HTTPClientError
+from tornado.httpclient import HTTPClientError, HTTPRequest
 from tornado.testing import ExpectLog, gen_test
 from tornado.web import Application
 from tornado.websocket import WebSocketClientConnection, websocket_connect
@@ -57,8 +57,11 @@ class ServerCase(PairCase):
             connection.close()
         super().tearDown()
 
-    async def connect(self, query: str = "", url: str = "") -> WebSocketClientConnection:
-        connection = await websocket_connect((url or self.url) + query, max_message_size=2**30)
+    async def connect(
+        self, query: str = "", url: str = "", **options: Any
+    ) -> WebSocketClientConnection:
+        request = HTTPRequest((url or self.url) + query, **options)
+        connection = await websocket_connect(request, max_message_size=2**30)
         self.connections.append(connection)
         return connection
 
@@ -71,13 +74,24 @@ class ServerCase(PairCase):
         self.assertEqual(message["epoch"], self.server.epoch)
         return message["offset"], message["samples"]
 
+    async def begin(self, **options: Any) -> asyncio.Task[None]:
+        """Serve a fresh stream on a free port, and take the URL that it prints."""
+        self.server = fresh_server(**self.attributes, clients=WebSocketServer.clients)
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            task = asyncio.ensure_future(serve(make_app(self.server), 0, **options))
+            await until(output.getvalue)
+        self.following.append(task)
+        self.assertRegex(output.getvalue(), r"^wss?://localhost:\d+/websocket\n$")
+        self.url = output.getvalue().rstrip()
+        return task
+
     async def written(self) -> None:
         """Wait until no write to a client is unfinished."""
         await until(lambda: not any(client.writing for client in self.server.clients))
 
-    async def ready(self, count: int = 1) -> list[WebSocketClientConnection]:
+    async def ready(self, count: int = 1, **options: Any) -> list[WebSocketClientConnection]:
         """Connect so many clients that have read their first message."""
-        connections = [await self.connect() for _ in range(count)]
+        connections = [await self.connect(**options) for _ in range(count)]
         for connection in connections:
             self.assertEqual(await self.read(connection), (self.server.end, []))
         await self.written()
@@ -318,17 +332,6 @@ class StreamTests(ServerCase):
 
 
 class ServeTests(ServerCase):
-    async def begin(self, **options: Any) -> asyncio.Task[None]:
-        """Serve a fresh stream on a free port, and take the URL that it prints."""
-        self.server = fresh_server(clients=WebSocketServer.clients)
-        with contextlib.redirect_stdout(io.StringIO()) as output:
-            task = asyncio.ensure_future(serve(make_app(self.server), 0, **options))
-            await until(output.getvalue)
-        self.following.append(task)
-        self.assertRegex(output.getvalue(), r"^wss?://localhost:\d+/websocket\n$")
-        self.url = output.getvalue().rstrip()
-        return task
-
     @gen_test
     async def test_refuses_what_it_cannot_listen_on(self) -> None:
         """Out of range, in use or not here: an error with address and port in its text."""
@@ -345,9 +348,8 @@ class ServeTests(ServerCase):
         self.assertTrue(sys.stdout)  # who catches the error, as IPython does, can still print
         with mock.patch("tornado.netutil.bind_sockets", side_effect=OSError("busy")):
             for ports, port in (((), 8765), ((65_535,), 65_535)):
-                with self.assertRaisesRegex(
-                    SystemExit, f"^cannot serve on localhost:{port}: busy$"
-                ):
+                line = f"^cannot serve on localhost:{port}: busy$"
+                with self.assertRaisesRegex(SystemExit, line):
                     await serve(make_app(), *ports)
 
     @gen_test
