@@ -213,6 +213,7 @@ class RuleTests(ClientCase):
         self.server.send_message([0])
         await until(lambda: client.position == 5)
         self.assertEqual((client.posterior, client.missed), ((5, 2), 7))
+        await asyncio.to_thread(client.stop)
 
     @gen_test
     async def test_what_has_come_is_handed_over_before_the_end(self) -> None:
