@@ -12,7 +12,7 @@ from unittest import mock
 from tests.benchmark import PARTS, hand_over
 from tests.support import running
 
-# Of each part, what its rows end in; "overload" has a table of its own.
+# How the labels of each part's rows end, in the order in which they are printed.
 ROWS = {
     "overload": ["s late", "% of the samples delivered", "us per sample and client", "MiB more"],
     "fan-out": ["send to 20 clients: us per message and client"],

@@ -362,7 +362,7 @@ class EndTests(ClientCase):
 
     @gen_test
     async def test_cancelling_leaves_no_connection(self) -> None:
-        """A handshake is not waited for, and closed once it is through, as before any message."""
+        """A handshake is not waited for, but closed once it is through; a silent server is left."""
         handshake, silence = Play(self, [message(0, [1])]), Play(self, [])
         handshake.may_connect.clear()
         self.follow(handshake.client)
