@@ -1,27 +1,28 @@
-"""Follow a stream of 0s and 1s over a WebSocket, and show the posterior of its probability of 1."""
+"""Follow a stream of 0s and 1s over a WebSocket, and show the posterior of the probability of 1."""
 
 import argparse
 import asyncio
 import contextlib
-import gc
 import json
 import logging
 import math
 import random
 import sys
 import threading
-import time
 from collections.abc import AsyncGenerator, Awaitable, Generator
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from tornado import httpclient, httputil, websocket
+from tornado.httpclient import HTTPClientError, HTTPRequest
+from tornado.httputil import url_concat
+from tornado.websocket import WebSocketClientConnection, WebSocketError, websocket_connect
 
-log = logging.getLogger("client")
+logger = logging.getLogger("client")
+Messages = asyncio.Queue[str | bytes | None]  # a type; None is the end of the connection
 
 
 class BetaBinomial(NamedTuple):
-    """The posterior of a success probability, Beta(alpha, beta); the prior is flat, Beta(1, 1)."""
+    """The Beta posterior of a probability of 1 after counts of 1 and 0. The prior is Beta(1, 1)."""
 
     alpha: float = 1
     beta: float = 1
@@ -42,197 +43,261 @@ class BetaBinomial(NamedTuple):
         return BetaBinomial(self.alpha + ones, self.beta + zeros)
 
     def density(self, width: int) -> str:
-        """Draw the density over 0..1 with `width` block characters, scaled to its maximum."""
-        grid = [(column + 0.5) / width for column in range(width)]
-        logs = [(self.alpha - 1) * math.log(x) + (self.beta - 1) * math.log(1 - x) for x in grid]
-        return "".join(" ▁▂▃▄▅▆▇█"[round(8 * math.exp(y - max(logs)))] for y in logs)
+        """Draw the density over 0..1 with `width` block characters, scaled to the highest one."""
+        xs = [(column + 0.5) / width for column in range(width)]
+        log_density = [
+            (self.alpha - 1) * math.log(x) + (self.beta - 1) * math.log(1 - x) for x in xs
+        ]
+        highest = max(log_density)
+        return "".join(" ▁▂▃▄▅▆▇█"[round(8 * math.exp(y - highest))] for y in log_density)
 
     def __str__(self) -> str:
         return f"Beta({self.alpha}, {self.beta})  mean {self.mean:.4f}  sd {self.sd:.4f}"
 
 
-class WebSocketClient:
-    """A position in the stream at a ws:// or wss:// URL, and the posterior of what has come so far.
+def parse(message: str | bytes) -> tuple[str, int, list[Any]]:
+    """Return epoch, offset and samples of a message like those in server.py, or raise an error."""
+    fields = json.loads(message)
+    epoch, offset, samples = fields["epoch"], fields["offset"], fields["samples"]
+    types = type(message), type(epoch), type(offset), type(samples)
+    if types != (str, str, int, list) or offset < 0:
+        raise ValueError("not a message of this protocol")
+    return epoch, offset, samples
 
-    `retry_delay`, in seconds, limits the wait for the first retry; each further one doubles the
-    limit, up to 30 s. To go on from a saved state, set `posterior`, `epoch`, `position`, `missed`.
+
+class WebSocketClient:
+    """Follows the stream at a ws:// or wss:// URL, and keeps the posterior of what has come so far.
+
+    After a failure it waits up to `retry_delay` seconds, then up to twice as long each time, up to
+    30 s. To go on from a saved state, set `epoch`, `position`, `missed` and `posterior`.
     """
 
     def __init__(self, url: str, retry_delay: float = 3) -> None:
         parts = urlsplit(url)
-        possible = parts.scheme in ("ws", "wss") and parts.hostname and parts.port != 0
-        if not possible or "@" in parts.netloc or not url.isprintable():
-            raise ValueError("the URL must be like ws://localhost:8765/websocket, without a user")
-        if not retry_delay > 0:
-            raise ValueError(f"retry_delay must be above 0, not {retry_delay}")
-        self.url, self.retry_delay = url, retry_delay
+        possible = url.startswith(("ws://", "wss://")) and parts.hostname and parts.port != 0
+        # An @ would mean a user and a password, which logs would show.
+        if not possible or "@" in parts.netloc or not retry_delay > 0:
+            raise ValueError("the URL must be like ws://HOST:PORT/websocket, retry_delay above 0")
+        self.url = url
+        self.retry_delay = retry_delay
         self.posterior = BetaBinomial()
-        self.epoch: str | None = None  # which run of the server the position is in
-        self.position = self.missed = 0  # the offset of the next sample; how many never came
-        self._task: asyncio.Task[None] | None = None  # that of run; None once it is to end
-        self._thread: threading.Thread | None = None
+        self.epoch: str | None = None  # which run of the stream the position belongs to
+        self.position = 0  # the number of the next sample
+        self.missed = 0  # samples that had left the server's history before they could come
+        self.connected = False  # so that a display can mark old numbers
+        self.thread: threading.Thread | None = None  # made by `start`
+        self._follower: asyncio.Task[None] | None = None  # the task of `start` or `run`
 
     def __str__(self) -> str:
         return f"▕{self.posterior.density(20)}▏ {self.posterior}  missed {self.missed}"
 
-    def on_message(self, samples: list[Any]) -> Any:
-        """Update the posterior. Replace this method to do something else with the samples.
+    def on_message(self, samples: list[Any]) -> Awaitable[None] | None:
+        """Update the posterior with the next samples. Replace this; it may be `async def`.
 
-        Each comes once and in order, first those of the history; the list is never empty. In here,
-        `epoch` and `position` are those of its first; to save a position, add len(samples). After
-        an exception the same come again, for ever: catch what may be wrong with a single one.
-        Other threads read your state, so replace it, at the end. No `async def`, and no `yield`.
+        `epoch`, `position` and `missed` already say where the stream goes on after them: save these
+        together with your own state. After an exception the same samples come again, for ever: so
+        handle a bad sample in here, and change your state last. To take only the first n, subtract
+        len(samples) - n from `position`, and call `stop`. While an `async def` awaits, messages
+        gather in memory; `stop` ends it as an exception does.
         """
         self.posterior = self.posterior.update(samples)
+        return None
 
-    def request(self, url: str) -> httpclient.HTTPRequest:
-        """Return the request to connect with. Replace this method to add a header or `ca_certs`."""
-        return httpclient.HTTPRequest(url, connect_timeout=10, request_timeout=10)
-
-    def start(self) -> None:
-        """Follow the stream in a thread of its own, until `stop`; a second start does nothing."""
-        if threading.current_thread() is self._thread:
-            raise RuntimeError("the client's own thread cannot start it")
-        if self._task is None or self._task.done():
-            self.stop()  # the thread of an earlier start may still be ending
-            # Without a factory, Runner would replace the caller's own event loop (a notebook's).
-            runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
-            task = self._task = runner.get_loop().create_task(self.run())
-            self._thread = threading.Thread(target=self._work, args=[runner, task], daemon=True)
-            self._thread.start()
-
-    def _work(self, runner: asyncio.Runner, task: asyncio.Task[None]) -> None:
-        with runner, contextlib.suppress(asyncio.CancelledError):
-            runner.get_loop().run_until_complete(task)
-        gc.collect()  # closes the socket that Tornado leaves open after a broken handshake
-
-    def stop(self) -> None:
-        """End `start` or `run`, and wait for the thread. In `on_message` it does not wait."""
-        task, self._task = self._task, None
-        if task and not task.done():
-            task.get_loop().call_soon_threadsafe(task.cancel)
-        if self._thread and self._thread is not threading.current_thread():
-            self._thread.join()
+    def request(self, url: str) -> HTTPRequest:
+        """Return the request to connect with. Replace this to add a header or `ca_certs`."""
+        return HTTPRequest(url, connect_timeout=10, request_timeout=10)
 
     async def run(self) -> None:
-        """Follow the stream in the caller's event loop; `stop` ends it with CancelledError."""
-        self._task = asyncio.current_task()
-        self._limit = self.retry_delay  # how long the next wait may be
+        """Follow the stream in the running event loop, until `stop`."""
+        self._refuse_a_second()
+        self.thread = None
+        # Unlike `await`, a group does not cancel the caller, too, when `stop` cancels the task.
+        async with asyncio.TaskGroup() as group:
+            self._follower = group.create_task(self._follow())
+
+    def start(self) -> None:
+        """Follow the stream in a thread of its own, until `stop`; `on_message` runs in there."""
+        self._refuse_a_second()
+        # Without the factory, the runner would replace the event loop of the calling thread.
+        runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+        task = runner.get_loop().create_task(self._follow())
+        self._follower = task  # before the thread begins, so that `stop` always finds it
+
+        def in_thread() -> None:
+            with runner, contextlib.suppress(asyncio.CancelledError):
+                runner.get_loop().run_until_complete(task)
+
+        self.thread = threading.Thread(target=in_thread, daemon=True)
+        self.thread.start()
+
+    def stop(self) -> None:
+        """End what `run` or `start` has begun. Any thread may call this, and so may `on_message`.
+
+        After `start` it waits for the end, except in `on_message`. It raises a SystemExit of that.
+        """
+        follower = self._follower
+        if follower:
+            with contextlib.suppress(RuntimeError):  # its event loop may be closed
+                follower.get_loop().call_soon_threadsafe(follower.cancel)
+            if self.thread and self.thread is not threading.current_thread():
+                while self.thread.is_alive() and not follower.done():
+                    self.thread.join(0.01)  # not join(): it may still look up the name of a host
+                if follower.done() and not follower.cancelled():
+                    follower.result()
+
+    def _refuse_a_second(self) -> None:
+        if self._follower is not None and not self._follower.done():
+            raise RuntimeError("this client follows the stream already")
+
+    async def _follow(self) -> None:
+        """Connect, listen, wait, and try again: exponential backoff with full jitter."""
+        limit = self.retry_delay
         while True:
-            reason = await self._follow()
-            # Exponential backoff with full jitter (RFC 6455, 7.2.3): not all come back at once.
-            wait = random.uniform(0, min(self._limit, 30))
-            self._limit = 2 * min(self._limit, 30)
-            log.warning("%s; next try in %.1f s", reason, wait)
+            before = self.epoch, self.position
+            try:
+                reason = await self._listen()
+            except (Exception, asyncio.CancelledError):
+                if self._follower and self._follower.cancelling():
+                    raise  # that is `stop`
+                logger.exception("an error in on_message or request")
+                reason = "the same samples will come again"
+            if (self.epoch, self.position) != before:
+                limit = self.retry_delay
+            wait = random.uniform(0, min(limit, 30))  # or all come back at once (RFC 6455, 7.2.3)
+            limit = min(2 * limit, 30)
+            logger.warning("%s; next try in %.1f s", reason, wait)
             await asyncio.sleep(wait)
 
-    async def _follow(self) -> str:
-        """Connect once, take messages until the connection ends, and return the reason."""
-        self._samples: list[Any] = []  # those that have come, and wait for on_message
-        frames: asyncio.Queue[str | bytes | None] = asyncio.Queue()
-        options: Any = {"on_message_callback": frames.put_nowait, "ping_interval": 10}
-        query = {"epoch": self.epoch, "offset": str(self.position)} if self.epoch else {}
+    async def _listen(self) -> str:
+        """Connect, take messages until the connection ends, and return why it has ended."""
+        arrived: Messages = asyncio.Queue()
         try:
-            request = self.request(httputil.url_concat(self.url, query))
-            handshake: Any = asyncio.ensure_future(websocket.websocket_connect(request, **options))
-            await asyncio.wait([handshake])
-            connection = handshake.result()
-        except asyncio.CancelledError:  # which does not end Tornado's handshake
-            handshake.add_done_callback(lambda done: done.exception() or done.result().close(1000))
-            raise
-        except Exception as error:  # noqa: BLE001 - the text of another may hold a token
-            known = (OSError, httpclient.HTTPClientError, websocket.WebSocketError)
-            return f"cannot connect: {error if isinstance(error, known) else type(error).__name__}"
-        log.info("connected to %s", self.url.partition("?")[0])
-        frame: str | bytes | None = ""  # None once the connection has ended
+            url = self.url
+            if self.epoch is not None:
+                url = url_concat(url, {"epoch": self.epoch, "offset": str(self.position)})
+            connection = await connect(self.request(url), arrived)
+        except (OSError, UnicodeError, HTTPClientError, WebSocketError) as error:
+            return f"cannot connect: {error}"
+        logger.info("connected to %s", self.url.partition("?")[0])
+        self.connected = True
         try:
-            while (frame := await frames.get()) is not None:
-                if not await self._receive(frame):
-                    return f"cannot understand {frame[:80]!r}"
-                if frames.empty():  # one call for all that has come
-                    self._hand_over()
-            if self._samples:  # or a server that hangs up at once would reset the wait
-                self._hand_over()
-        except Exception:
-            log.exception("on_message failed")
-            return "the same samples will come again"
+            return await self._take_messages(connection, arrived)
         finally:
+            self.connected = False
             connection.close(1000)
-            while frame is not None:  # Tornado's sign for the end, at most 5 s later
-                frame = await frames.get()
-        code, text = connection.close_code, connection.close_reason
-        return f"closed by the server: {code} {text!r}" if code else "connection lost"
+            while await arrived.get() is not None:  # until Tornado has closed it: 5 s at most
+                pass
 
-    async def _receive(self, frame: str | bytes) -> bool:
-        """Take one message apart, and gather what is new in it; tell whether it was understood."""
-        try:
-            message = json.loads(frame)
-            epoch, offset, samples = message["epoch"], message["offset"], message["samples"]
-            if [*map(type, (frame, epoch, offset, samples))] != [str, str, int, list] or offset < 0:
-                return False
-        except Exception:  # noqa: BLE001 - whatever is wrong with it, it is not of this protocol
-            return False
-        if self._samples and (epoch != self.epoch or offset > self.position + len(self._samples)):
-            self._hand_over()  # what follows begins at another position
-            await asyncio.sleep(0)  # a turn of the event loop, in which stop takes effect
-        if self.epoch not in (None, epoch):
-            log.warning("the server began anew; its last run was followed to %d", self.position)
-        if epoch != self.epoch:  # at first nothing is missed; of a new run, all before its offset
-            self.epoch, self.position = epoch, (offset if self.epoch is None else 0)
-        expected = self.position + len(self._samples)
-        if offset > expected:  # so nothing waits: it was handed over above
-            log.warning("missed %d samples, which had left the history", offset - expected)
-            self.missed += offset - expected
+    async def _take_messages(self, connection: WebSocketClientConnection, arrived: Messages) -> str:
+        """Take messages until the connection ends or one of them is wrong; return what happened."""
+        pending: list[Any] = []  # they begin at `position`, and are handed over together
+        while True:
+            if arrived.empty():  # one call for all that came while on_message was busy
+                await self._hand_over(pending)
+                pending = []
+            message = await arrived.get()
+            if message is None:
+                arrived.put_nowait(None)  # put it back: `_listen` reads until the end
+                reason = "connection lost"
+                if connection.close_code:
+                    reason = f"closed by server: {connection.close_code} {connection.close_reason}"
+                break
+            try:
+                epoch, offset, samples = parse(message)
+            except (ValueError, KeyError, TypeError, RecursionError):
+                reason = f"cannot understand {message[:80]!r}"
+                break
+            if epoch != self.epoch or offset > self.position + len(pending):
+                await self._hand_over(pending)
+                pending = []
+                self._move(epoch, offset)
+            end = self.position + len(pending)
+            pending += samples[end - offset :]  # those before the end were taken already
+        await self._hand_over(pending)
+        return reason
+
+    def _move(self, epoch: str, offset: int) -> None:
+        """Move to the first message, to a new run of the stream, or over a gap."""
+        if self.epoch is None:  # what came before a client's first message is not missed
             self.position = offset
-        self._samples += samples[max(0, expected - offset) :]  # those before were taken already
-        return True
+        elif epoch != self.epoch:
+            logger.warning("the stream began anew; the last run was followed to %d", self.position)
+            self.position = 0
+        self.epoch = epoch
+        if offset > self.position:
+            logger.warning("missed %d samples", offset - self.position)
+            self.missed += offset - self.position
+            self.position = offset
 
-    def _hand_over(self) -> None:
-        """Let on_message have what was gathered; then the position moves past it."""
-        samples, self._samples = self._samples, []
-        if samples:
-            result = self.on_message(samples)
-            if isinstance(result, (Awaitable, Generator, AsyncGenerator)):
-                raise TypeError("on_message must be no coroutine and no generator")
-            self.position += len(samples)
-        self._limit = self.retry_delay  # a message was taken, so the next wait is short again
+    async def _hand_over(self, samples: list[Any]) -> None:
+        """Move the position and call on_message; if it fails, move the position back."""
+        if not samples:
+            return
+        first = self.position
+        self.position += len(samples)
+        try:
+            result: Any = self.on_message(samples)
+            if isinstance(result, (Generator, AsyncGenerator)):
+                raise TypeError("on_message must not contain a yield")
+            if isinstance(result, Awaitable):
+                await result
+        except BaseException:
+            self.position = first
+            raise
+        await asyncio.sleep(0)  # if `stop` was called, this is where the task is cancelled
 
 
-def _show(client: WebSocketClient) -> None:
+async def connect(request: HTTPRequest, arrived: Messages) -> WebSocketClientConnection:
+    """Connect. Tornado then puts each message into the queue, and None when the connection ends."""
+    attempt = websocket_connect(request, on_message_callback=arrived.put_nowait, ping_interval=10)
+    handshake = asyncio.ensure_future(attempt)
+    try:
+        return await asyncio.shield(handshake)
+    except asyncio.CancelledError:  # Tornado goes on connecting: close what comes of it
+        handshake.add_done_callback(close_late)
+        raise
+
+
+def close_late(handshake: asyncio.Future[WebSocketClientConnection]) -> None:
+    """Close a connection that nobody waits for any more."""
+    if not handshake.cancelled() and handshake.exception() is None:
+        handshake.result().close(1000)
+
+
+def show(client: WebSocketClient) -> None:
+    """Print a client; end the program if that is impossible."""
     try:
         print(client, flush=True)
-    except UnicodeEncodeError:  # this output has no block characters
-        print(str(client).encode("ascii", "ignore").decode().strip(), flush=True)
-    except OSError as error:
+    except (OSError, UnicodeEncodeError) as error:
         sys.stdout = None  # or Python would write to it again as it exits
-        sys.exit(None if isinstance(error, BrokenPipeError) else f"standard output: {error}")
+        if isinstance(error, BrokenPipeError):  # as in `client.py | head`
+            sys.exit()
+        sys.exit(f"cannot print: {error}")
 
 
 def watch(client: WebSocketClient) -> None:
-    """Print `str(client)` once a second while it follows the stream, until Ctrl-C or it ends."""
+    """Start a client, and print it once a second until it ends, or until Ctrl-C."""
     logging.basicConfig(level="INFO", format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    # Tornado has a traceback for a handshake that it cannot accept, where one line is enough.
-    logging.getLogger("tornado").setLevel(logging.CRITICAL)
-    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C, and another one while it stops
+    with contextlib.suppress(KeyboardInterrupt):
+        client.start()
         try:
-            client.start()
-            while client._task and not client._task.done():
-                _show(client)
-                time.sleep(1)
+            while client.thread and client.thread.is_alive():
+                show(client)
+                client.thread.join(1)
         finally:
-            logging.getLogger("tornado").setLevel(logging.NOTSET)
             client.stop()
-            _show(client)
+            show(client)
 
 
 def main(client_type: type[WebSocketClient] = WebSocketClient) -> None:
     """Watch a client of the URL that the command line gives."""
-    parser = argparse.ArgumentParser(description=__doc__, exit_on_error=False)
+    parser = argparse.ArgumentParser(description="Follow a stream, and show its posterior.")
     parser.add_argument("--url", default="ws://localhost:8765/websocket", help="%(default)s")
     try:
         client = client_type(parser.parse_args().url)
-    except (argparse.ArgumentError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except ValueError as error:
+        parser.error(str(error))
+    logging.getLogger("tornado").setLevel(logging.CRITICAL)  # it logs tracebacks of bad handshakes
     watch(client)
 
 
