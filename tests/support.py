@@ -1,4 +1,4 @@
-"""What several test modules share: fresh servers, scripts as subprocesses."""
+"""What several test modules share: streams that are served, clients that record, programs."""
 
 import asyncio
 import contextlib
@@ -9,44 +9,32 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+import unittest
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
 
-from tornado.httpserver import HTTPServer
-from tornado.netutil import bind_sockets
-from tornado.testing import AsyncTestCase
 from tornado.web import Application
 
 from client import WebSocketClient
-from server import WebSocketServer, make_app
+from server import WebSocketServer, make_app, serve
 
 ROOT = Path(__file__).resolve().parent.parent
-PYTHON = (sys.executable, "-W", "error")
+PATIENCE = 90  # seconds until a condition that does not come true fails a test; no measurement
 HANDSHAKE = (
     b"GET /websocket HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
 )
-TIMEOUT = 90  # seconds until a condition that never comes true fails a test; no measurement
 
 
-def fresh_server(
-    handler: type[WebSocketServer] = WebSocketServer, **attributes: Any
-) -> type[WebSocketServer]:
-    """Return a stream of its own, with clients of its own, such as a new process has.
-
-    `serve` says goodbye to `WebSocketServer.clients` alone; give that set as `clients` to take part.
-    """
-    return type("FreshServer", (handler,), {"clients": set()} | attributes)
-
-
-async def until(condition: Callable[[], object]) -> None:
-    """Let the event loop run until the condition holds."""
-    deadline = time.monotonic() + TIMEOUT
+async def until(condition: Callable[[], object], *values: Callable[[], object]) -> None:
+    """Let the event loop run until the condition holds; otherwise the failure shows the values."""
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         if time.monotonic() > deadline:
-            raise AssertionError("the condition did not come true")
+            seen = ", ".join(repr(value()) for value in values)
+            raise AssertionError(f"line {condition.__code__.co_firstlineno} stayed false: {seen}")
         await asyncio.sleep(0.005)
 
 
@@ -57,28 +45,63 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def accepts(port: int) -> bool:
-    """Tell whether anybody listens on a port."""
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-        return True
-    return False
+def new_handler(
+    handler: type[WebSocketServer] = WebSocketServer, **attributes: Any
+) -> type[WebSocketServer]:
+    """Return a class that no other test has served, and which has a stream of its own."""
+    return type("Handler", (handler,), attributes)
 
 
 class Recorder(WebSocketClient):
-    """A client that keeps every sample, whatever it is, and counts the calls of on_message."""
+    """A client that keeps every sample, whatever it is, and the length of each list."""
 
     def __init__(self, url: str, retry_delay: float = 0.01) -> None:
         super().__init__(url, retry_delay)
         self.samples: list[Any] = []
-        self.calls = 0
+        self.lengths: list[int] = []
 
-    def on_message(self, samples: list[Any]) -> None:
-        self.calls += 1
+    def on_message(self, samples: list[Any]) -> Any:
+        self.lengths.append(len(samples))
         self.samples += samples
 
 
-class Tracebacks(logging.Handler):
-    """Keep the log silent, and find what a test may not leave behind: tracebacks and warnings."""
+@contextlib.asynccontextmanager
+async def following(*clients: WebSocketClient) -> AsyncIterator[None]:
+    """Run clients in this event loop, and stop them at the end; each must end without an error."""
+    tasks = [asyncio.create_task(client.run()) for client in clients]
+    await asyncio.sleep(0)  # so that each of them has begun, and `stop` can end it
+    try:
+        yield
+    finally:
+        for client in clients:
+            client.stop()
+        await asyncio.gather(*tasks)
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    app: Application, port: int = 0, address: str = "127.0.0.1", **options: Any
+) -> AsyncIterator[str]:
+    """Serve an application as a program does, and yield the URL that is logged."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("server")
+    logger.addHandler(handler)
+    task = asyncio.create_task(serve(app, port, address, **options))
+    try:
+        await until(lambda: task.done() or any(line.startswith("serving ") for line in lines))
+        if task.done():
+            await task
+        yield next(line.split()[1] for line in lines if line.startswith("serving "))
+    finally:
+        logger.removeHandler(handler)
+        task.cancel()
+        await asyncio.wait([task])
+
+
+class LeftBehind(logging.Handler):
+    """Keeps the log silent, and finds what no test may leave behind: tracebacks and warnings."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,7 +113,7 @@ class Tracebacks(logging.Handler):
 
     def unraisable(self, problem: "sys.UnraisableHookArgs") -> None:
         """Take a warning that has become an error where nobody can catch it, as in __del__."""
-        # Tornado leaves what belongs to a handshake that failed to the garbage collector.
+        # The socket of a handshake that was broken off is the garbage collector's.
         left = ("<socket", "Unclosed WebSocketClientConnection")
         text = str(problem.exc_value)
         if isinstance(problem.exc_value, ResourceWarning) and any(name in text for name in left):
@@ -98,99 +121,78 @@ class Tracebacks(logging.Handler):
         self.found.append(repr(problem.exc_value))
 
 
-class PairCase(AsyncTestCase):
-    """A test with a fresh server in its own event loop, and clients that it stops at the end."""
-
-    attributes: ClassVar[dict[str, Any]] = {}  # of the server, such as history_size
-    unread = False  # a connection whose messages nobody reads leaves a task for good
+class QuietCase(unittest.IsolatedAsyncioTestCase):
+    """A test in an event loop of its own that leaves no traceback and no warning."""
 
     def setUp(self) -> None:
-        super().setUp()
-        self.tracebacks = Tracebacks()
-        logging.getLogger().addHandler(self.tracebacks)
-        self.enterContext(mock.patch("sys.unraisablehook", self.tracebacks.unraisable))
-        self.server = fresh_server(**self.attributes)
-        self.following: list[asyncio.Task[None]] = []
-        self.others: list[HTTPServer] = []
-        self.listen()
+        self.left_behind = LeftBehind()
+        logging.getLogger().addHandler(self.left_behind)
+        self.addCleanup(self.check)
+        self.enterContext(mock.patch("sys.unraisablehook", self.left_behind.unraisable))
+        for name, level in (("server", logging.INFO), ("tornado.access", logging.CRITICAL)):
+            logger = logging.getLogger(name)
+            self.addCleanup(logger.setLevel, logger.level)
+            logger.setLevel(level)
 
-    def listen(self, port: int = 0) -> None:
-        """Serve on a free port, or on this one."""
-        sockets = bind_sockets(port, "127.0.0.1")
-        self.port = sockets[0].getsockname()[1]
-        self.url = f"ws://127.0.0.1:{self.port}/websocket"
-        self.http_server = HTTPServer(make_app(self.server), idle_connection_timeout=10)
-        self.http_server.add_sockets(sockets)
+    def check(self) -> None:
+        gc.collect()
+        logging.getLogger().removeHandler(self.left_behind)
+        self.assertEqual(self.left_behind.found, [])
+        self.assertEqual(WebSocketServer.clients, set())
 
-    async def close(self) -> None:
-        """Stop listening, and close every client, as a server does that goes away."""
-        self.http_server.stop()
-        await self.http_server.close_all_connections()
-        for handler in list(self.server.clients):
-            handler.close(1001, "going away")
-        await until(lambda: not self.server.clients)
+
+class ServedCase(QuietCase):
+    """A test with a stream of its own, which is served at `self.url`."""
+
+    sizes: ClassVar[dict[str, int]] = {}  # of the stream, such as history_size
+
+    async def asyncSetUp(self) -> None:
+        self.handler = new_handler()
+        await self.begin()
+
+    async def begin(self, port: int = 0) -> None:
+        """Serve a new run of the stream."""
+        app = make_app(self.handler)
+        self.stream = self.handler.stream
+        for name, size in self.sizes.items():
+            setattr(self.stream, name, size)
+        self.served = contextlib.AsyncExitStack()
+        self.addAsyncCleanup(self.served.aclose)
+        self.url = await self.served.enter_async_context(serving(app, port))
+        self.port = int(self.url.split(":")[2].split("/")[0])
 
     async def restart(self) -> None:
-        """Come back on the same port as a new run of the stream."""
-        await self.close()
-        self.server = fresh_server(**self.attributes)
-        self.listen(self.port)
-
-    def follow(self, client: WebSocketClient) -> asyncio.Task[None]:
-        """Run the client in this test's event loop."""
-        task = asyncio.ensure_future(client.run())
-        self.following.append(task)
-        return task
-
-    def serve(self, application: Application, **options: Any) -> str:
-        """Serve another application, such as a server that misbehaves, and return its address."""
-        sockets = bind_sockets(0, "127.0.0.1")
-        server = HTTPServer(application, **options)
-        server.add_sockets(sockets)
-        self.others.append(server)
-        return f"127.0.0.1:{sockets[0].getsockname()[1]}"
-
-    def tearDown(self) -> None:
-        async def end() -> None:
-            for task in self.following:
-                task.cancel()
-            ends = await asyncio.gather(*self.following, return_exceptions=True)
-            await self.close()
-            for server in self.others:
-                server.stop()
-                await server.close_all_connections()
-            # Or a handshake that is cut here has nobody to see its failure.
-            await until(lambda: self.unread or len(asyncio.all_tasks()) == 1)
-            for _ in range(3):  # turns of the event loop, in which Tornado passes the failure on
-                await asyncio.sleep(0)
-            self.assertLessEqual({*map(type, ends)}, {asyncio.CancelledError})
-
-        self.io_loop.run_sync(end)
-        super().tearDown()
-        gc.collect()
-        logging.getLogger().removeHandler(self.tracebacks)
-        self.assertEqual(self.tracebacks.found, [])
+        """End this run of the stream, and begin a new one at the same port."""
+        await self.served.aclose()
+        await self.begin(self.port)
 
 
 @contextlib.contextmanager
-def running(
-    *arguments: str, program: Sequence[str] = PYTHON, **outputs: Any
-) -> Iterator[subprocess.Popen[str]]:
-    """Run Python, such as a script with its options; pipe both outputs, and kill it at the end."""
+def running(*command: str, python: bool = True, **outputs: Any) -> Iterator[subprocess.Popen[str]]:
+    """Run Python, or another program; pipe both outputs, and kill the program at the end."""
     outputs = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | outputs
     usual = os.environ | {"PYTHONUNBUFFERED": ""}  # or a flush that is missing would not show
-    command = [*program, *arguments]
-    with subprocess.Popen(command, text=True, cwd=ROOT, env=usual, **outputs) as process:
+    program = (sys.executable, "-W", "error") if python else ()
+    with subprocess.Popen(
+        [*program, *command], text=True, cwd=ROOT, env=usual, **outputs
+    ) as process:
         try:
             yield process
         finally:
             process.kill()
 
 
-def first_line(process: subprocess.Popen[str]) -> str:
-    """Read the first line of a process's standard output: from server.py, the URL."""
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    if not line:
-        raise AssertionError("the process has ended")
-    return line.rstrip("\n")
+def line_with(process: subprocess.Popen[str], text: str) -> str:
+    """Read the log of a process until a line has this text, and return it."""
+    assert process.stderr
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if text in line:
+            return line.rstrip("\n")
+    raise AssertionError(f"the log ended without {text!r}: {''.join(lines)}")
+
+
+def url_of(process: subprocess.Popen[str]) -> str:
+    """Read the log of a server until it names its URL."""
+    return line_with(process, " serving ").split()[-1]

@@ -1,131 +1,130 @@
-"""The fast lane keeps what the protocol promises of the ordinary way, and gathers.
-
-How fast it is, benchmark.py measures.
-"""
+"""The fast lane keeps the promises of the ordinary way; measurements/benchmark.py has its speed."""
 
 import asyncio
 import importlib.util
 import socket
 import ssl
 import unittest
-from typing import Any, ClassVar
-from unittest import mock
+from typing import Any
 
-from tornado.testing import gen_test
+from tornado.httpclient import HTTPRequest
+from tornado.websocket import WebSocketClientConnection, websocket_connect
 
-from server import make_app
-from tests.recipes.fast_lane import FastLane, frame
-from tests.support import HANDSHAKE, until
-from tests.test_server import ServerCase
+from client import parse
+from server import WebSocketServer
+from tests.recipes.fast_lane import frame, make_fast_app
+from tests.support import HANDSHAKE, PATIENCE, QuietCase, new_handler, serving
 
 
-class FastLaneTests(ServerCase):
-    attributes: ClassVar[dict[str, Any]] = {"handler": FastLane}
+class FastLaneTests(QuietCase):
+    async def asyncSetUp(self) -> None:
+        self.handler = await self.serve()
 
-    async def storm(self, **options: Any) -> None:
-        """Send more than the buffers hold; it is all to come, in order, in fewer messages."""
-        (client,) = await self.ready(**options)
-        peer: Any = next(iter(self.server.clients)).ws_connection
-        peer.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        for number in range(100):
-            peer.write_ping(bytes(100))  # may have to wait, too
-            self.server.send_message([f"{number:20000}"])
+    async def serve(self, **options: Any) -> type[WebSocketServer]:
+        handler = new_handler()
+        self.url = await self.enterAsyncContext(serving(make_fast_app(handler), **options))
+        return handler
+
+    async def join(self) -> WebSocketClientConnection:
+        reader = await websocket_connect(HTTPRequest(self.url, validate_cert=False))
+        self.addCleanup(reader.close)
+        self.assertEqual((await self.read(reader))[0], 0)
+        return reader
+
+    async def read(self, reader: WebSocketClientConnection) -> tuple[int, list[Any]]:
+        return parse(str(await asyncio.wait_for(reader.read_message(), PATIENCE)))[1:]
+
+    async def join_by_socket(self) -> socket.socket:
+        """Connect, and read the first message, but nothing more."""
+        address = "127.0.0.1", int(self.url.split(":")[2].split("/")[0])
+        peer = self.enterContext(socket.create_connection(address))
+        peer.sendall(HANDSHAKE)
+        while b"samples" not in await asyncio.to_thread(peer.recv, 4096):
+            pass
+        return peer
+
+    def narrow_connection(self) -> Any:
+        connection: Any = next(iter(WebSocketServer.clients)).ws_connection
+        connection.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        return connection
+
+    async def test_slow_reader_gets_everything_in_few_messages(self) -> None:
+        """What a socket takes only in part arrives whole and in order."""
+        reader, _ = await self.join(), self.narrow_connection()
+        sent = ["x" * 1_000_000, *(f"{number:20000}" for number in range(200))]
+        for sample in sent:
+            self.handler.send_message([sample])
             await asyncio.sleep(0)
         got, messages = list[str](), 0
-        while len(got) < 100:
-            offset, samples = await self.read(client)
+        while len(got) < len(sent):
+            offset, samples = await self.read(reader)
             self.assertEqual(offset, len(got))
             got, messages = got + samples, messages + 1
-        self.assertEqual([*map(int, got)], [*range(100)])
-        self.assertLess(messages, 50)
-
-    @gen_test
-    async def test_slow_reader_gets_everything_in_few_messages(self) -> None:
-        """Frames that are sent in part arrive whole and in order."""
-        await self.storm()
+        self.assertTrue(got == sent)
+        self.assertLess(messages, 150)
 
     @unittest.skipUnless(importlib.util.find_spec("trustme"), "trustme is not installed")
-    @gen_test
-    async def test_works_over_tls(self) -> None:
-        """Over TLS, too, frames that are sent in part arrive whole and in order."""
-        import trustme
-
-        authority, trusting = trustme.CA(), ssl.create_default_context()
+    async def test_slow_reader_gets_everything_over_tls(self) -> None:
+        """Over TLS, too, what a socket takes only in part arrives whole and in order."""
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        authority.issue_cert("127.0.0.1").configure_cert(context)
-        authority.configure_trust(trusting)
-        address = self.serve(make_app(self.server), ssl_options=context)
-        await self.storm(url=f"wss://{address}/websocket", ssl_options=trusting)
+        importlib.import_module("trustme").CA().issue_cert("127.0.0.1").configure_cert(context)
+        self.handler = await self.serve(ssl=context)
+        await self.test_slow_reader_gets_everything_in_few_messages()
 
-    @gen_test
-    async def test_gathers_one_turn_of_the_event_loop(self) -> None:
-        """What comes in one turn is one message, or as many as message_size and history ask for."""
-        (client,) = await self.ready()
-        self.server.send_message([])  # is nothing to send
+    async def test_late_joiner_catches_up_while_the_stream_goes_on(self) -> None:
+        """A client that is behind gets everything, once and in order."""
+        self.handler.stream.message_size = 1
+        self.handler.send_message(list(range(100)))
+        late = await self.join()
+        for number in range(1, 200):
+            self.handler.send_message([99 + number])
+            self.assertEqual(await self.read(late), (number, [number]))
+
+    async def test_one_turn_of_the_event_loop_is_one_message(self) -> None:
+        """What is sent in one turn comes together, as far as history and message size allow."""
+        reader = await self.join()
+        self.handler.send_message([])  # is nothing to send
         await asyncio.sleep(0)
-        parts = (
-            (2_100, 0, 3, [0]),
-            (2_100, 3, 1_503, [3, 1_003]),
-            (2_100, 1_503, 3_703, [1_603, 2_603, 3_603]),
-            (100, 3_703, 3_853, [3_753]),  # a history that is shorter than a message
-        )
-        for self.server.history_size, begin, end, offsets in parts:
-            for number in range(begin, end):
-                self.server.send_message([number])
-            for offset in offsets:
-                expected = offset, [*range(offset, min(offset + 1_000, end))]
-                self.assertEqual(await self.read(client), expected)
-        self.server.send_message(["x" * 70_000])  # has the longest form of a frame
-        self.assertEqual(await self.read(client), (3_853, ["x" * 70_000]))
+        self.handler.stream.history_size, self.handler.stream.message_size = 4, 3
+        for samples in [0, 1], [2], [3, 4, 5, 6]:
+            self.handler.send_message(samples)
+        self.assertEqual(await self.read(reader), (3, [3, 4, 5]))
+        self.assertEqual(await self.read(reader), (6, [6]))
 
-    @gen_test
-    async def test_goes_behind_a_ping_that_is_sent_in_part(self) -> None:
-        """A frame waits for what the stream has not written, even if the socket has room again."""
-        with socket.create_connection(("127.0.0.1", self.port)) as client:
-            client.sendall(HANDSHAKE)
-            await until(lambda: self.server.clients)
-            await self.written()
-            client.recv(4096)  # the answer, and where the stream stands
-            peer: Any = next(iter(self.server.clients)).ws_connection
-            peer.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-            expected = b""
-            while not peer.stream.writing():
-                peer.write_ping(bytes(100))
-                expected += bytes([0x89, 100, *bytes(100)])
-            got = client.recv(1 << 24)
-            self.server.send_message([1])
-            expected += frame(self.server.message(0, 1))
-            client.setblocking(False)
-            while len(got) < len(expected):
-                got += await asyncio.get_running_loop().sock_recv(client, 1 << 24)
+    async def test_two_streams_stay_apart(self) -> None:
+        """A client gets nothing of another stream in the same process."""
+        reader, other = await self.join(), await self.serve()
+        other.send_message([1])
+        await self.join()
+        self.handler.send_message([2])
+        self.assertEqual(await self.read(reader), (0, [2]))
+
+    async def test_frame_goes_behind_a_ping_that_is_sent_in_part(self) -> None:
+        """A frame waits for what Tornado has yet to write, though the socket has room again."""
+        peer, connection, pings = await self.join_by_socket(), self.narrow_connection(), 0
+        while not connection.stream.writing():
+            connection.write_ping(b"")
+            pings += 1
+        self.handler.send_message([1])
+        await asyncio.sleep(0)  # the stream has grown, and sends in the next turn
+        got = peer.recv(1 << 24)
+        expected = pings * b"\x89\0" + frame(self.handler.stream.read(0)[0].encode())
+        while len(got) < len(expected):
+            got += await asyncio.to_thread(peer.recv, 1 << 24)
         self.assertEqual(got, expected)
 
-    @gen_test
-    async def test_closing_and_dead_clients_are_passed_over(self) -> None:
+    async def test_closing_and_reset_connections_are_passed_over(self) -> None:
         """Nothing follows a Close frame, and a reset client costs the others nothing."""
-        dead, (other,) = socket.create_connection(("127.0.0.1", self.port)), await self.ready()
-        dead.sendall(HANDSHAKE)
-        dead.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        await until(lambda: len(self.server.clients) == 2)
-        before = set(self.server.clients)
-        await self.ready()
-        (closing,) = self.server.clients - before
-        dead.close()
-        peer: Any = closing.ws_connection
-        peer.close(1001)
-        with mock.patch.object(peer, "stream") as stream:
-            stream.closed.return_value = stream.writing.return_value = False
-            self.server.send_message([1])
-            self.assertEqual(await self.read(other), (0, [1]))
-        stream.write.assert_not_called()
-        stream.socket.send.assert_not_called()
+        closing = await self.join_by_socket()
+        self.narrow_connection().close(1001)
+        reset, other = await self.join_by_socket(), await self.join()
+        reset.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        reset.close()
+        self.handler.send_message([1])
+        self.assertEqual(await self.read(other), (0, [1]))
+        self.assertEqual(closing.recv(4096), b"\x88\x02\x03\xe9")
 
-    @gen_test
-    async def test_what_waits_is_sent_before_the_goodbye(self) -> None:
-        """Samples of the turn in which `serve` is cancelled come before its Close frame."""
-        serving = await self.begin()
-        (client,) = await self.ready()
-        serving.cancel()
-        self.server.send_message([1])
-        self.assertEqual(await self.read(client), (0, [1]))
-        self.assertIsNone(await client.read_message())
+    def test_length_stands_in_a_frame_in_its_shortest_form(self) -> None:
+        """The length of the text takes one, three or nine bytes."""
+        self.assertEqual(frame(b"x" * 126)[:-126], b"\x81\x7e\0\x7e")
+        self.assertEqual(frame(b"x" * 65_536)[:-65_536], b"\x81\x7f\0\0\0\0\0\1\0\0")

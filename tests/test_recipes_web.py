@@ -1,80 +1,77 @@
-"""The recipes for browsers, in a real one and behind a real nginx: the page, and its events.
-
-That their servers feed a client of the stream and end quietly is in test_recipes.py.
-"""
+"""The recipes for browsers and for passing a stream on, with a real Chromium, nginx and NATS."""
 
 import asyncio
+import contextlib
 import importlib
-import itertools
-import json
-import random
+import importlib.util
+import os
 import re
-from typing import Any, cast
-from urllib.parse import urlsplit
+import shutil
+import socket
+import unittest
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+from unittest import mock
 
 from tornado.httpclient import AsyncHTTPClient
-from tornado.web import Application, StaticFileHandler
+from tornado.iostream import IOStream
+from tornado.web import Application
 
-from client import WebSocketClient
-from tests.faults import raw
-from tests.recipes import events, page
-from tests.support import HANDSHAKE, TIMEOUT, accepts, free_port, until
-from tests.test_recipes import RECIPES, RecipeCase, needs, which
-
-EVENTS = b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n"
-
-
-class WebCase(RecipeCase):
-    """A test whose server also serves both pages, and events of a stream of their own."""
-
-    def listen(self, port: int = 0) -> None:
-        """Serve what both recipes serve."""
-        self.stream: type[events.EventStream] = type("FreshEvents", (events.EventStream,), {})
-        super().listen(port)
-        self.application = cast(Application, self.http_server.request_callback)
-        files = {"path": RECIPES, "default_filename": "page.html"}
-        with_events = ("/events.html", events.Page), ("/events", self.stream)
-        pages: list[Any] = [(r"/(|stream\.js)", StaticFileHandler, files), *with_events]
-        self.application.add_handlers(".*", pages)
-        self.address = f"127.0.0.1:{self.port}"
-
-    async def close(self) -> None:
-        """Close the events, too."""
-        for handler in list(events.EventStream.clients):
-            handler.close()
-        await super().close()
-        await until(lambda: not events.EventStream.clients)
-
-    async def read(
-        self, address: str, pattern: str, header: str = "", request: bytes = EVENTS
-    ) -> str:
-        """Return what answers a request with one more header until the pattern matches."""
-        async with raw(f"http://{address}", request[:-2] + f"{header}\r\n".encode()) as peer:
-            return (await peer.read_until_regex(f"(?s){pattern}".encode())).decode()
+from client import BetaBinomial
+from server import WebSocketServer
+from tests import support
+from tests import test_recipes_sources as sources
+from tests.faults import Proxy, raw_client
+from tests.recipes import events, page, relay
+from tests.support import Recorder, following, line_with, running, serving, until, url_of
+from tests.test_recipes_sources import recipe
 
 
-@needs("playwright", program="chromium")
-class PageTests(WebCase):
-    playwright: Any
+def which(program: str) -> str:
+    """Find a program, also where Debian has daemons; otherwise return an empty text."""
+    return shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin") or ""
+
+
+def needs(module: str, program: str) -> Callable[[Any], Any]:
+    """Skip tests where a module or a program is missing."""
+    there = importlib.util.find_spec(module) and which(program)
+    return unittest.skipUnless(there, f"needs {module} and {program}: see tests/requirements.txt")
+
+
+class ProgramTests(sources.ProgramTests):
+    def servers(self) -> list[list[Any]]:
+        """Return the command of each recipe that serves."""
+        return [["page"], ["events"], ["relay"]]
+
+
+class WebCase(sources.RecipeCase):
+    make: Callable[[], Application] = staticmethod(page.make_page_app)
+
+    async def asyncSetUp(self) -> None:
+        self.url = await self.enterAsyncContext(serving(self.make()))
+        self.stream = WebSocketServer.stream
+
+
+@needs("playwright", "chromium")
+class BrowserCase(WebCase):
     page: Any
     value: Any  # evaluates JavaScript in the page
-    shows: Any  # waits until it is true
+    shows: Any  # waits until JavaScript is true
 
-    def tearDown(self) -> None:
-        self.io_loop.run_sync(self.playwright.stop)
-        super().tearDown()
-
-    async def browse(self, address: str) -> None:
-        """Open a page in a headless Chromium of its own, and wait until it is live."""
-        start = importlib.import_module("playwright.async_api").async_playwright().start
-        self.playwright = await start()
-        options: Any = {"executable_path": which("chromium"), "args": ["--no-sandbox"]}
-        browser = await self.playwright.chromium.launch(**options)
+    async def asyncSetUp(self) -> None:
+        await super().asyncSetUp()
+        playwright = importlib.import_module("playwright.async_api").async_playwright()
+        chromium = (await self.enterAsyncContext(playwright)).chromium
+        browser = await chromium.launch(executable_path=which("chromium"), args=["--no-sandbox"])
         self.page = await browser.new_page()
-        self.page.set_default_timeout(TIMEOUT * 1_000)
+        self.page.set_default_timeout(support.PATIENCE * 1000)
         self.value, self.shows = self.page.evaluate, self.page.wait_for_function
-        await self.page.goto(f"http://{address}")
-        await self.shows("part('state').textContent === 'live'")
+
+    async def browse(self, url: str, path: str = "/") -> None:
+        """Open a page, wait until it is live, and let it come back quickly."""
+        await self.page.goto(url.replace("ws:", "http:").replace("/websocket", path))
+        await self.shows("part('state').textContent === 'live' && client.epoch")
+        await self.value("client.retryDelay = 0.01")
 
     async def counted(self, trials: int, ones: int, missed: int) -> None:
         """Check what the page shows, when it has drawn so many trials."""
@@ -82,177 +79,222 @@ class PageTests(WebCase):
         state = await self.value("[alpha - 1, alpha + beta - 2, part('missed').textContent]")
         self.assertEqual(state, [ones, trials, str(missed)])
 
-    async def test_shows_the_posterior_of_a_python_client(self) -> None:
-        """It shows the mean that a Python client has, and the 95 % interval of two known cases."""
-        client = WebSocketClient(self.url)
-        self.follow(client)
-        await self.browse(f"{self.address}/")
+
+class StreamScriptTests(BrowserCase):
+    async def test_rule(self) -> None:
+        """The callback sees where the stream goes on after its samples, by the rule of client.py.
+
+        At 5 begins what came first; 6 comes twice; 8 and 9 are missed, as are 1 and 2 of run b.
+        """
+        await self.page.add_script_tag(path=page.HERE / "stream.js")
+        script = """messages => {
+            const c = new StreamClient(), taken = [];
+            c.onSamples = (samples) => taken.push([c.epoch, c.position, c.missed, ...samples]);
+            for (const [epoch, offset, samples] of messages)
+                c.take(JSON.stringify({epoch, offset, samples}));
+            return taken;
+        }"""
+        messages = ("a", 5, [1, 2]), ("a", 6, [2, 3]), ("a", 10, [4]), ("b", 0, [5]), ("b", 3, [6])
+        taken = await self.value(script, messages)
+        run_a = [["a", 7, 0, 1, 2], ["a", 8, 0, 3], ["a", 11, 2, 4]]
+        self.assertEqual(taken, [*run_a, ["b", 1, 2, 5], ["b", 4, 4, 6]])
+
+    async def test_names(self) -> None:
+        """A page may have all names but one for itself."""
+        await self.page.add_script_tag(content="const limit = 300, take = 1, epoch = 2, missed = 3")
+        await self.page.add_script_tag(path=page.HERE / "stream.js")
+        self.assertEqual(await self.value("typeof StreamClient"), "function")
+
+
+class PageTests(BrowserCase):
+    path_behind_nginx = "/app/"
+
+    async def test_posterior(self) -> None:
+        """The 95 % interval is that of Beta(1, 1), then of Beta(2, 1); the mean that of Beta(6, 4)."""
+        await self.browse(self.url)
         await self.shows("part('interval').textContent === '0.025 – 0.975'")
-        self.server.send_message([1])
+        self.stream.append([1])
         await self.shows("part('interval').textContent === '0.158 – 0.987'")
-        self.server.send_message([int(random.random() < 0.72) for _ in range(200)])
-        await until(lambda: client.position == 201)
-        mean = client.posterior.mean
-        await self.counted(201, int(client.posterior.alpha) - 1, 0)
-        self.assertEqual(await self.value("part('mean').textContent"), f"{mean:.4f}")
-        self.assertAlmostEqual(await self.value("+part('middle').getAttribute('x1')"), mean)
+        self.stream.append([1, 1, 0, 1, 0, 0, 1])
+        await self.counted(8, 5, 0)
+        self.assertEqual(await self.value("part('mean').textContent"), "0.6000")
 
-    async def test_resumes_counts_gaps_and_a_new_run(self) -> None:
-        """After a drop it goes on where it was; it says what it missed; a new run counts too."""
-        self.server.history_size = 10
-        await self.browse(f"{self.address}/")
-        self.server.send_message([1, 0, 1, 1])
-        await self.counted(4, 3, 0)
-        await self.value("random = Math.random; Math.random = () => 0.5 + random() / 2; 0")
-        for samples, counts in ([0, 0, 1], (7, 4, 0)), ([1] * 25, (17, 14, 15)):
-            for handler in list(self.server.clients):
-                handler.close(1001, "going away")
-            await self.shows("/reconnecting in \\d s: going away$/.test(part('state').textContent)")
-            self.server.send_message(samples)
-            await self.counted(*counts)
-        await self.restart()
-        self.server.history_size = 10
-        self.server.send_message([0] * 12)
-        await self.counted(27, 14, 17)
-        self.assertEqual(await self.value("[epoch, position]"), [self.server.epoch, 12])
+    async def test_drop(self) -> None:
+        """After a drop the page goes on where it was, and says what it has missed."""
+        self.stream.history_size = 10
+        async with contextlib.aclosing(Proxy(self.url)) as proxy:
+            await self.browse(proxy.url)
+            self.stream.append([1, 0, 1, 1])
+            await self.counted(4, 3, 0)
+            for samples, counts in ([0, 0, 1], (7, 4, 0)), ([1] * 25, (17, 14, 15)):
+                await proxy.close()
+                self.stream.append(samples)
+                await self.counted(*counts)
 
-    async def test_counts_each_sample_once(self) -> None:
-        """An overlap is skipped; what the model refuses comes again, after waits that double."""
-        await self.browse(f"{self.address}/")
-        self.server.send_message([1, 0])
-        await self.counted(2, 1, 0)
-        message = {"epoch": self.server.epoch, "offset": 1, "samples": [0, 1]}
-        await self.value(f"take({{data: {json.dumps(json.dumps(message))}}})")
+    async def test_callback_that_throws(self) -> None:
+        """What the model refuses comes again, after waits that double, and is counted once."""
+        await self.browse(self.url)
+        await self.value("""() => {
+            states = [];
+            client.onState = (text) => { if (/next try/.test(text)) states.push(text); };
+            [client.retryDelay, Math.random] = [0.1, () => 1];
+            const count = client.onSamples;
+            client.onSamples = (samples) => { if (states.length < 3) throw "no"; count(samples); };
+        }""")
+        self.stream.append([1, 0, 1])
         await self.counted(3, 2, 0)
-        limits = "Array.from({length: 6}, () => (again(() => 0, ''), limit))"
-        self.assertEqual(await self.value(limits), [6, 12, 24, 30, 30, 30])
-        self.server.send_message([1])  # which was taken already
-        await self.shows("limit === 3")
-        await self.value("count = onSamples; onSamples = () => {onSamples = count; throw 0}; 0")
-        self.server.send_message([1, 0, 1])
-        await self.counted(6, 4, 0)
+        expected = [f"no; next try in {wait} s" for wait in (0.1, 0.2, 0.4)]
+        self.assertEqual(await self.value("states"), expected)
 
-    @needs(program="nginx")
-    async def test_works_under_a_path_behind_nginx(self) -> None:
-        """The page follows under /app/ where page.py says so; a small event passes at once."""
-        (page_location,) = re.findall(r"location .*?\n    }", page.__doc__ or "", re.DOTALL)
-        location = f"location / {{ proxy_pass http://{self.address}; }}"
-        parts = "client_body", "proxy", "fastcgi", "uwsgi", "scgi"
-        paths = "".join(f"{part}_temp_path {self.folder}/{part};" for part in parts)
-        port, conf = free_port(), self.folder / "nginx.conf"
-        conf.write_text(
-            f"daemon off; master_process off; pid {self.folder}/pid; events {{}}\n"
-            f"http {{ access_log off; {paths} server {{ listen 127.0.0.1:{port};\n"
-            f"{location} {page_location.replace('localhost:8765', self.address)} }} }}\n"
+    @needs("playwright", "nginx")
+    async def test_nginx(self) -> None:
+        """Behind nginx, the page follows the stream, under a path with the lines of page.py."""
+        (location,) = re.findall(r"location .*?\n    }", page.__doc__ or "", re.DOTALL)
+        address, port = self.url.split("/")[2], support.free_port()
+        parts = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
+        (self.folder / "nginx.conf").write_text(
+            "daemon off; master_process off; pid pid; events {} http { access_log off;"
+            + "".join(f"{part}_temp_path {self.folder}/{part};" for part in parts)
+            + f"server {{ listen 127.0.0.1:{port}; location / {{ proxy_pass http://{address}; }}"
+            + f"{location.replace('localhost:8765', address)} }} }}"
         )
-        self.program(which("nginx"), "-p", self.folder, "-c", conf, "-e", self.folder / "errors")
-        await until(lambda: accepts(port))
-        await self.browse(f"127.0.0.1:{port}/app/")
-        self.server.send_message([1, 0, 1])
-        await self.counted(3, 2, 0)
-        self.assertIn('"samples": []', await self.read(f"127.0.0.1:{port}", "id.*\n\n"))
-
-    async def test_fits_a_small_screen_in_both_schemes(self) -> None:
-        """At 360 pixels nothing is cut off or jumps, whatever the state; a dark scheme is dark."""
-        await self.browse(f"{self.address}/")
-        grey = "+getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0]"
-        fits = "part('interval').scrollWidth <= part('interval').clientWidth"
-        height = "onState('{}', true); document.body.scrollHeight"
-        for scheme, width in itertools.product(("light", "dark"), (360, 1280)):
-            await self.page.set_viewport_size({"width": width, "height": 520})
-            await self.page.emulate_media(color_scheme=scheme)
-            live = await self.value(height.format("live"))
-            self.assertEqual(await self.value(f"{grey} < 128"), scheme == "dark")
-            self.assertLessEqual(await self.value("document.documentElement.scrollWidth"), width)
-            self.assertTrue(await self.value(fits))
-            self.assertEqual(await self.value(height.format("reconnecting in 30 s")), live)
-            await self.value("onState('reconnecting in 30 s: ' + 'x'.repeat(120), false)")
-            self.assertLessEqual(await self.value("document.documentElement.scrollWidth"), width)
-
-    async def test_events_go_on_after_a_drop_and_after_an_error(self) -> None:
-        """The browser comes back where it was; after an error of a proxy the page does."""
-        await self.browse(f"{self.address}/events.html")
-        self.stream.send_message([1, 0, 1])
-        await self.counted(3, 2, 0)
-        (handler,) = events.EventStream.clients
-        handler.close()
-        await until(lambda: handler not in events.EventStream.clients)
-        self.stream.send_message([1, 1])
-        await self.counted(5, 4, 0)
-        (handler,) = events.EventStream.clients
-        self.assertEqual(handler.request.headers["Last-Event-ID"], f"{self.stream.epoch}:3")
-        self.http_server.request_callback = Application()  # a proxy whose server is away
-        handler.close()
-        await self.shows("limit > 3")
-        self.http_server.request_callback = self.application
-        self.stream.send_message([0])
-        await self.counted(6, 4, 0)
+        options = ["-p", str(self.folder), "-c", "nginx.conf", "-e", "errors"]
+        with running(which("nginx"), *options, python=False), socket.socket() as probe:
+            await until(lambda: probe.connect_ex(("127.0.0.1", port)) == 0)
+            await self.browse(f"ws://127.0.0.1:{port}/websocket", self.path_behind_nginx)
+            self.stream.append([1, 0, 1])
+            await self.counted(3, 2, 0)
 
 
-class ServerTests(WebCase):
-    async def test_numbers_events_by_the_next_sample(self) -> None:
-        """Each event's id is the position after it, and Last-Event-ID starts exactly there."""
-        self.stream.message_size = 2
-        self.stream.send_message([1, 0, 1])
+class EventsPageTests(PageTests):  # which promises the same when it follows events
+    make = staticmethod(events.make_events_app)
+    path_behind_nginx = "/"  # which has no lines for it
+
+
+class EventsTests(WebCase):
+    make = staticmethod(events.make_events_app)
+
+    @contextlib.asynccontextmanager
+    async def client(self, header: str = "") -> AsyncIterator[IOStream]:
+        """Ask for events, perhaps with one more header line."""
+        data = f"GET /events HTTP/1.1\r\nHost: localhost\r\n{header}\r\n".encode()
+        async with asyncio.timeout(support.PATIENCE), raw_client(self.url, data) as peer:
+            yield peer
+
+    async def test_id(self) -> None:
+        """The id of an event is the position after it, and Last-Event-ID starts exactly there."""
+        self.stream.message_size = 1
+        self.stream.append([1, 0, 1])
         epoch = self.stream.epoch
-        text = await self.read(self.address, "id.*id.*\n\n")
-        self.assertEqual(re.findall("id: (.*)", text), [f"{epoch}:2", f"{epoch}:3"])
-        for last, begin in (f"{epoch}:2", '2, "samples": [1]'), ("0bad:2", '0, "samples": [1, 0]'):
-            text = await self.read(self.address, "id.*\n\n", f"Last-Event-ID: {last}\r\n")
-            self.assertIn(f'"offset": {begin}}}', text)
-        for offset in "4", "-1", "1_0", "", "²":
-            header = f"Last-Event-ID: {epoch}:{offset}\r\n"
-            text = await self.read(self.address, "\r\n\r\n", header)
-            self.assertRegex(text, "^HTTP/1.1 400 offset must be")
+        async with self.client(f"Last-Event-ID: {epoch}:1\r\n") as peer:
+            text = (await peer.read_until(b"}\n\n")).decode()
+        data = f'{{"epoch": "{epoch}", "offset": 1, "samples": [0]}}'
+        self.assertIn(f"id: {epoch}:2\ndata: {data}\n\n", text)
 
-    async def test_keeps_one_unfinished_write_for_a_slow_reader(self) -> None:
-        """A client that does not read costs one write, and gets the rest as one event."""
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        writer.write(EVENTS)
-        await until(lambda: events.EventStream.clients)
-        (handler,) = events.EventStream.clients
-        turns = 0
-        while turns < 50:  # of the event loop without progress: the kernel takes no more
-            self.assertLess(self.stream.end, 2000)
-            if not handler.writing:
-                self.stream.send_message(["x" * 100_000])
-                turns = 0
-            await asyncio.sleep(0.005)
-            turns += 1
-        position = handler.position
-        for _ in range(20):
-            self.stream.send_message(["x" * 100_000])
-            await asyncio.sleep(0)
-        self.assertEqual(handler.position, position)
-        text = b""
-        while b"id: %s:%d\n" % (self.stream.epoch.encode(), self.stream.end) not in text:
-            text = text[-100:] + await reader.read(65_536)
-        self.assertEqual(handler.position, self.stream.end)
-        writer.close()
-        await until(lambda: not events.EventStream.clients)
+    async def test_silence(self) -> None:
+        """While there is no sample, empty messages say that the server is still there."""
+        self.enterContext(mock.patch.object(events.Events, "silence", 0.01))
+        async with self.client() as peer:
+            await peer.read_until_regex(rb'(?s)("offset": 0, "samples": \[\].*){3}')
 
-    async def test_page_lets_in_only_its_own_and_trusted_sites(self) -> None:
-        """The server's own pages and the trusted site that page.py names pass, and no others."""
-        (origins,) = re.findall(r'trusted_origins"\] = (.*)', page.__doc__ or "")
-        self.application.settings["trusted_origins"] = json.loads(origins)
-        for origin, status in (
-            *(("https://example.org", 101), ("http://localhost", 101), ("http://example.org", 403)),
-            *(("https://example.org.invalid", 403), ("null", 403)),
-        ):
-            header = f"Origin: {origin}\r\n"
-            text = await self.read(self.address, "\r\n\r\n", header, HANDSHAKE)
-            self.assertRegex(text, f"^HTTP/1.1 {status} ")
+    async def test_slow_reader(self) -> None:
+        """A client that does not read costs one write, and is brought up to date when it reads."""
+        async with self.client() as peer:
+            await until(lambda: events.Events.clients)
+            (client,) = events.Events.clients
+            self.stream.append(["x" * 100_000] * 200)
+            await until(lambda: client.position)
+            for _ in range(1000):
+                await asyncio.sleep(0)  # many turns of the event loop
+            self.assertLess(client.position, 200)
+            await peer.read_until(f"id: {self.stream.epoch}:200\n".encode())
+        await until(lambda: not events.Events.clients)
 
-    async def test_programs(self) -> None:
-        """Both programs serve page and script; at Ctrl-C the events come to their proper end."""
-        for name in "page", "events":
-            program = self.copy(name)
-            address = urlsplit(await program.line()).netloc
-            for path, content in ("", b"Probability of a 1"), ("stream.js", b"function take"):
-                fetched = await AsyncHTTPClient().fetch(f"http://{address}/{path}")
-                self.assertIn(content, fetched.body)
-            if name == "events":
-                ending = asyncio.ensure_future(self.read(address, "\r\n0\r\n\r\n$"))
-                await until(lambda: "connected, 1 in all" in program.err())  # noqa: B023
-            await self.interrupt(program)
-        await ending
+    async def test_too_many(self) -> None:
+        """More clients than a process can have are refused."""
+        self.enterContext(mock.patch.object(events.Events, "max_clients", 0))
+        async with self.client() as peer:
+            self.assertIn(b" 503 too many clients", await peer.read_until(b"\r\n"))
+
+
+class RelayTests(support.ServedCase, sources.RecipeCase):
+    async def test_restart(self) -> None:
+        """The posterior is a stream and a page, and survives a restart of the first server."""
+        with recipe("relay", "--url", self.url, "--port", 0) as process:
+            results = Recorder(url_of(process))
+            async with following(results):
+                await until(lambda: WebSocketServer.clients)
+                self.stream.append([1, 1, 0])
+                await until(lambda: results.samples)
+                await self.restart()
+                self.stream.append([1])
+                await until(lambda: len(results.samples) == 2)
+            address = results.url.replace("ws:", "http:").removesuffix("websocket")
+            shown = (await AsyncHTTPClient().fetch(address)).body
+            self.assertIn(b"Beta(4, 2)  mean 0.6667  sd 0.1782  missed 0", shown)
+            self.interrupt(process)
+        self.assertEqual([sample["trials"] for sample in results.samples], [3, 4])
+
+    async def test_result_that_is_no_json(self) -> None:
+        """A result that cannot be sent changes nothing: no sample is counted twice."""
+        client = relay.Relay(self.url)
+        with mock.patch.object(relay, "summary", return_value={1}), self.assertRaises(TypeError):
+            client.on_message([1, 1, 0])
+        self.assertEqual(client.posterior, BetaBinomial())
+
+
+@needs("nats", "nats-server")
+class BrokerTests(sources.RecipeCase):
+    async def asyncSetUp(self) -> None:
+        options = ["-js", "-a", "127.0.0.1", "-p", "-1", "-sd", str(self.folder)]
+        broker = self.enterContext(running(which("nats-server"), *options, python=False))
+        self.broker = f"nats://{line_with(broker, 'Listening for client').split()[-1]}"
+        line_with(broker, "Server is ready")
+        connect: Any = importlib.import_module("nats").connect
+        self.jetstream = (await self.enterAsyncContext(await connect(self.broker))).jetstream()
+
+    def run_role(self, *role: object) -> Any:
+        """Run the recipe with this broker."""
+        return self.enterContext(recipe("broker", "--broker", self.broker, *role))
+
+    async def test_killed_server(self) -> None:
+        """When a server is killed, its client goes on at another, which has the same log."""
+        producer = self.run_role("produce")
+        first, second = self.run_role("serve", "--port=0"), self.run_role("serve", "--port=0")
+        client, other = Recorder(url_of(first)), Recorder(url_of(second))
+        async with following(client):
+            await until(lambda: client.position >= 10)
+            first.kill()
+            reached, client.url = client.position, other.url  # as a proxy would send it there
+            await until(lambda: client.position >= reached + 10)
+        async with following(other):
+            await until(lambda: other.position > client.position)
+        self.assertEqual(client.samples, other.samples[: client.position])
+        self.assertEqual((client.epoch, client.missed), (other.epoch, 0))
+        self.interrupt(producer)
+        self.interrupt(second)
+
+    async def test_log_with_holes(self) -> None:
+        """What the broker has dropped is missed, what is no JSON is null; a new stream is the end."""
+        process = self.run_role("serve", "--port=0")
+        client = Recorder(url_of(process))
+        async with following(client):
+            for number in range(5):
+                await self.jetstream.publish("samples", b"%d" % number)
+            await until(lambda: client.position == 5)
+            for consumer in await self.jetstream.consumers_info("samples"):  # the server's
+                await self.jetstream.delete_consumer("samples", consumer.name)
+            for text in *(b"%d" % number for number in range(5, 20)), b"{":
+                await self.jetstream.publish("samples", text)
+            await self.jetstream.purge_stream("samples", keep=3)
+            await until(lambda: client.position == 21)  # the server notices after some 20 s
+        self.assertEqual((client.samples, client.missed), ([*range(5), 18, 19, None], 13))
+        await self.jetstream.delete_stream("samples")
+        await self.jetstream.add_stream(name="samples")
+        log = process.communicate(timeout=support.PATIENCE)[1]
+        self.assertRegex(log, r" sample 20 is sent as null(.*\n)+the stream was made anew: .*\n\Z")
+        self.assertEqual(process.returncode, 1)
+
+    def test_impossible_broker(self) -> None:
+        """What cannot be a broker is one line and status 1."""
+        self.ends(1, "broker: .*\n", "broker", "--broker", "nats://localhost:99999", "produce")

@@ -1,303 +1,332 @@
-"""Both scripts as programs: their lines, options, signals and outputs, as a user meets them.
+"""Both scripts as programs: their lines, options, signals and outputs, as a user meets them."""
 
-What happens inside them is left to test_server.py and test_client.py.
-"""
-
-import asyncio
 import contextlib
-import io
 import os
+import random
 import re
+import shutil
 import signal
 import socket
 import sys
+import tempfile
+import threading
 import time
 import unittest
-from subprocess import DEVNULL, Popen
-from unittest import mock
+from collections.abc import Iterator
+from subprocess import Popen
+from typing import Any
+from urllib.parse import urlsplit
 
-from tornado.websocket import WebSocketProtocol13
-
-import client
-import server
 from client import BetaBinomial, WebSocketClient
-from tests.support import HANDSHAKE, PYTHON, accepts, first_line, free_port, running, until
+from tests import support
+from tests.faults import request
+from tests.scenarios import LONG, SEED, url_at
+from tests.support import PATIENCE, ROOT, free_port, line_with, url_of
 
-FAST = ("--port", "0", "--address", "127.0.0.1", "--interval", "1")
+HERE = "--address", "127.0.0.1"
+FAST = *HERE, "--port", "0", "--interval", "5"
+EMPTY = f"{WebSocketClient('ws://localhost/')}\n"  # the line of a client that has got nothing
+needs_signals = unittest.skipIf(os.name == "nt", "Windows has no such signals")
 
 
-def finished(*arguments: str) -> tuple[int, str, str]:
+@contextlib.contextmanager
+def running(*command: str, **options: Any) -> Iterator[Popen[str]]:
+    """Run a program, and kill it if it takes too long, or a read of its output would never end."""
+    with support.running(*command, **options) as process:
+        watch = threading.Timer(PATIENCE, process.kill)
+        watch.start()
+        try:
+            yield process
+        finally:
+            watch.cancel()
+
+
+def finished(*command: str) -> tuple[int, str, str]:
     """Run Python until it ends, and return its status and both outputs."""
-    with running(*arguments, program=[sys.executable]) as process:
+    with running(*command) as process:
         out, err = process.communicate()
     return process.returncode, out, err
 
 
-def stop(process: Popen[str], number: int = signal.SIGINT) -> tuple[int, str, str]:
+def end(process: Popen[str], number: signal.Signals = signal.SIGINT) -> tuple[int, str, str]:
     """Send a signal, and return the status and what was written to both outputs by the end."""
     assert process.stdout and process.stderr
     process.send_signal(number)
-    # communicate() would pass over what readline() has buffered.
+    # communicate() would pass over what has been read ahead.
     out, err = process.stdout.read(), process.stderr.read()
     return process.wait(), out, err
 
 
-def said(process: Popen[str], text: str) -> str:
-    """Read the log until a line has this text, and return it."""
-    assert process.stderr
-    for line in process.stderr:
-        if text in line:
+def follow(process: Popen[str], trials: int) -> str:
+    """Read the lines of client.py until one has counted so many tosses, and return it."""
+    assert process.stdout
+    shown = WebSocketClient("ws://localhost/")
+    for line in process.stdout:
+        alpha, beta, shown.missed = map(int, re.findall(r"\d+(?=[,)\n])", line))
+        assert alpha + beta >= sum(shown.posterior), line
+        shown.posterior = BetaBinomial(alpha, beta)
+        assert line == f"{shown}\n", line
+        if alpha + beta - 2 >= trials:
             return line
-    raise AssertionError("the log ended")
+    raise AssertionError(f"the output ended before {trials} tosses")
 
 
-class ScriptCase(unittest.TestCase):
+def port_of(url: str) -> int:
+    """Return the port in the URL of a server."""
+    return urlsplit(url).port or 0
+
+
+def last_line(process: Popen[str]) -> str:
+    """Wait until a client's server has ended, end the client, and return its last line."""
+    line_with(process, "1001")
+    return end(process)[1].splitlines()[-1]
+
+
+@needs_signals
+class PairTests(unittest.TestCase):
+    """server.py and client.py in terminals beside each other."""
+
     def setUp(self) -> None:
-        # Nobody listens here, until a test does.
-        self.port = free_port()
-        self.url = f"ws://127.0.0.1:{self.port}/websocket"
+        self.server = self.enterContext(running("server.py", *FAST))
+        self.url = url_of(self.server)
+        self.client = self.start_client()
 
-    def follow(self, process: Popen[str], enough: int) -> str:
-        """Read lines, whose counts never go down, until one has enough trials, and return it."""
-        assert process.stdout
-        shown, trials = WebSocketClient(self.url), 0
-        for line in process.stdout:
-            match = re.search(r" Beta\((\d+), (\d+)\) .* missed (\d+)$", line)
-            assert match, line
-            alpha, beta, shown.missed = map(int, match.groups())
-            shown.posterior = BetaBinomial(alpha, beta)
-            self.assertEqual(line, f"{shown}\n")
-            self.assertGreaterEqual(alpha + beta - 2, trials)
-            if (trials := alpha + beta - 2) >= enough:
-                return str(shown)
-        raise AssertionError("the output ended")
+    def start_client(self) -> Popen[str]:
+        return self.enterContext(running("client.py", "--url", self.url))
 
+    def test_ctrl_c(self) -> None:
+        """It ends a client with a last line, a server without one; the log says who has come."""
+        self.assertRegex(self.url, r"\Aws://127\.0\.0\.1:\d+/websocket\Z")
+        line_with(self.server, " connected, 1 in all")
+        follow(self.client, 10)
+        status, out, log = end(self.client)
+        self.assertEqual((status, out[-10:]), (0, " missed 0\n"))
+        self.assertRegex(log, rf"\A\d\d:\d\d:\d\d connected to {self.url}\n\Z")
+        line_with(self.server, " closed, 0 left")
+        self.assertEqual(end(self.server), (0, "", ""))
 
-class PairTests(ScriptCase):
     def test_two_clients_agree_to_the_last_digit(self) -> None:
-        """They follow the URL that server.py prints; Ctrl-C ends all three with status 0."""
-        with running("server.py", *FAST) as process:
-            url = first_line(process)
-            self.assertRegex(url, r"^ws://127\.0\.0\.1:\d+/websocket$")
-            with (
-                running("client.py", "--url", url) as first,
-                running("client.py", "--url", url) as second,
-            ):
-                seen, lines = [self.follow(first, 50), self.follow(second, 100)], []
-                status, out, err = stop(process)
-                self.assertEqual((status, out), (0, ""))
-                self.assertRegex(
-                    err, r"^(\S+ client \S+ (connected, \d in all|closed, \d left)\n){4}$"
-                )
-                for one, line in zip((first, second), seen, strict=True):
-                    self.assertRegex(said(one, ""), rf"^\d\d:\d\d:\d\d connected to {url}\n$")
-                    self.assertIn(" closed by the server: 1001 'going away'; ", said(one, ""))
-                    status, out, _ = stop(one)
-                    self.assertEqual(status, 0)
-                    lines.append([line, *out.splitlines()][-1])
-        self.assertEqual(lines[0], lines[1])
+        """When the server ends, both have the same last line, though one has come later."""
+        follow(self.client, 50)
+        other = self.start_client()
+        follow(other, 100)
+        self.assertEqual(end(self.server)[0], 0)
+        self.assertEqual(last_line(self.client), last_line(other))
 
-    def test_client_first_and_a_restart(self) -> None:
-        """A client that is there first waits; after a restart it says so, and keeps its counts."""
-        # Slow enough for the history to hold the new run until the client is back.
-        options = *FAST, "--port", str(self.port), "--interval", "10", "--p", "1", "--batch", "2"
-        with running("client.py", "--url", self.url) as one:
-            said(one, "cannot connect: [Errno")
-            with running("server.py", *options) as process:
-                self.assertEqual(first_line(process), self.url)
-                self.follow(one, 50)
-                self.assertEqual(stop(process, signal.SIGTERM)[:2], (0, ""))
-            said(one, "closed by the server: 1001 'going away'; next try in ")
-            with running("server.py", *options):
-                line = said(one, "the server began anew")
-                followed = re.search(r"; its last run was followed to (\d+)$", line)
-                assert followed
-                self.assertGreaterEqual(int(followed[1]), 50)
-                last = self.follow(one, int(followed[1]) + 50)
-                self.assertRegex(last, r" Beta\(\d*[13579], 1\) .* missed 0$")
+    def test_frozen_client(self) -> None:
+        """A client that was frozen for a while has the same last line as another."""
+        follow(self.client, 50)
+        self.client.send_signal(signal.SIGSTOP)
+        other = self.start_client()
+        if LONG:  # until a ping has timed out
+            line_with(self.server, " closed, 1 left")
+        follow(other, 300)
+        self.client.send_signal(signal.SIGCONT)
+        follow(self.client, 300)
+        end(self.server)
+        self.assertEqual(last_line(self.client), last_line(other))
 
-    def test_a_client_that_stops_itself_ends_by_itself(self) -> None:
-        """watch shows whatever str(client) is, and returns once on_message has called stop."""
-        code = """if True:
-            import sys, client
-            class Mine(client.WebSocketClient):
-                seen = 0
-                def on_message(self, samples):
-                    self.seen += len(samples)
-                    self.stop()
-                def __str__(self):
-                    return "some" if self.seen else "none"
-            client.main(Mine)"""
-        with running("server.py", *FAST) as process:
-            status, out, err = finished("-W", "error", "-c", code, "--url", first_line(process))
+    def test_restart(self) -> None:
+        """After a restart, a client says how far it followed the last run, and counts on."""
+        follow(self.client, 50)
+        self.assertEqual(end(self.server, signal.SIGTERM)[0], 0)
+        self.enterContext(running("server.py", *HERE, "--port", str(port_of(self.url))))
+        followed = int(line_with(self.client, " the last run was followed to ").split()[-1])
+        self.assertGreaterEqual(followed, 50)
+        self.assertIn(" missed 0\n", follow(self.client, followed + 10))
+
+    def test_two_ctrl_c_end_a_client(self) -> None:
+        """A second one ends it though the server does not answer its Close frame; no traceback."""
+        clients = [self.start_client() for _ in range(6)]
+        for process in clients:
+            follow(process, 10)
+        self.server.send_signal(signal.SIGSTOP)
+        for pause, process in zip((0, 0.005, 0.01, 0.02, 0.04, 0.5), clients, strict=True):
+            process.send_signal(signal.SIGINT)
+            time.sleep(pause)  # the fault itself
+            # What the second one interrupts may be Python's own end.
+            self.assertNotRegex(end(process)[2], "client.py|tornado")
+
+    def test_second_signal_ends_a_server(self) -> None:
+        """A second signal ends it though a client does not answer the goodbye; no traceback."""
+        with socket.create_connection(("127.0.0.1", port_of(self.url))) as peer:
+            peer.sendall(request())
+            line_with(self.server, " connected, 2 in all")
+            self.server.send_signal(signal.SIGTERM)
+            data = b""
+            while b"going away" not in data:
+                data += peer.recv(4096) or self.fail("no goodbye")
+            status, _, log = end(self.server, signal.SIGTERM)
         self.assertEqual(status, 0)
-        self.assertRegex(out, "^(none\n)*(some\n)+$")
-        self.assertRegex(err, "^.* connected to .*\n$")
+        self.assertNotIn("Traceback", log)
 
 
-class SignalTests(ScriptCase):
-    def test_a_second_signal_ends_the_servers_goodbye(self) -> None:
-        """While a client does not answer the close, a second signal ends the server quietly."""
-        with running("server.py", *FAST) as process:
-            port = int(first_line(process).split(":")[2].split("/")[0])
-            with socket.create_connection(("127.0.0.1", port)) as peer, peer.makefile("rb") as got:
-                peer.sendall(HANDSHAKE)
-                said(process, " connected, 1 in all")
-                process.send_signal(signal.SIGTERM)
-                frames, goodbye = b"", b"\x88\x0c\x03\xe9going away"  # the Close frame, 1001
-                while not frames.endswith(goodbye):
-                    frames += got.read(1) or self.fail("the connection ended")
-                status, out, err = stop(process, signal.SIGTERM)
-            self.assertEqual((status, out), (0, ""))
-            self.assertRegex(err, r"^(\S+ client \S+ closed, 0 left\n)?$")
+@needs_signals
+class ProgramTests(unittest.TestCase):
+    """One of the scripts by itself; nobody listens where the client looks for a server."""
 
-    def test_two_signals_in_a_row_end_a_client_without_a_traceback(self) -> None:
-        """A second Ctrl-C, however soon after the first, gives no traceback of client.py or Tornado."""
-        with running("server.py", *FAST) as process:
-            url = first_line(process)
-            for pause in (0, 0.005, 0.01, 0.02, 0.04):
-                with self.subTest(pause=pause), running("client.py", "--url", url) as one:
-                    self.follow(one, 10)
-                    one.send_signal(signal.SIGINT)
-                    time.sleep(pause)  # the fault itself
-                    # Python's own end may be what is interrupted, and is no fault of the client.
-                    self.assertNotRegex(stop(one)[2], "client.py|tornado")
+    def setUp(self) -> None:
+        random.seed(SEED)
+        self.port = free_port()
+        self.watch = "client.py", "--url", url_at(self.port)
 
-    def test_client_ends_whatever_its_peer_does(self) -> None:
-        """Each answer costs at most one line, and Ctrl-C ends the client, a second one its close."""
-        accepted = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n"
-        accepted += b"Connection: Upgrade\r\nSec-WebSocket-Accept: KEY\r\n\r\n"
-        failed = r"^\S+ cannot connect: .*; next try in \d\.\d s\n$"
-        for reply, line in (
-            (b"", ""),  # it ends in mid-handshake
-            (b"garbage\r\n\r\n", failed),
-            (b"HTTP/1.1 101 Sure\r\n\r\n", failed),
-            (accepted, r"^\S+ connected to \S+\n$"),
+    def test_client_first(self) -> None:
+        """A client that is there first says so, waits, and follows the server that comes."""
+        with running(*self.watch) as process:
+            line_with(process, "cannot connect: ")
+            with running("server.py", *HERE, "--port", str(self.port)):
+                follow(process, 10)
+
+    def test_ctrl_c_in_mid_wait(self) -> None:
+        """Ctrl-C ends a client that waits for its next try; SIGTERM ends it as any program."""
+        for number, status in ((signal.SIGINT, 0), (signal.SIGTERM, -signal.SIGTERM)):
+            with self.subTest(number), running(*self.watch) as process:
+                line_with(process, "cannot connect: ")
+                ended, out, log = end(process, number)
+                self.assertEqual((ended, {*out.splitlines(True)}), (status, {EMPTY}))
+                self.assertNotIn("Traceback", log)
+
+    def test_two_signals_in_quick_succession_end_a_server(self) -> None:
+        """The second may come when Python has put the handlers away: then the status is its own."""
+        for _ in range(100 if LONG else 8):
+            first, second = random.choices((signal.SIGTERM, signal.SIGINT), k=2)
+            with self.subTest(SEED=SEED), running("server.py", *FAST) as process:
+                url_of(process)
+                process.send_signal(first)
+                time.sleep(random.uniform(0, 0.003))  # the fault itself
+                status, _, log = end(process, second)
+                self.assertIn(status, (0, -second))
+                self.assertNotRegex(log, "server.py|tornado")
+
+    def test_taken_port(self) -> None:
+        """It ends a server with one line and status 1."""
+        command = "-W", "ignore", "server.py", *HERE, "--port", str(self.port)  # Tornado has one
+        with socket.create_server(("127.0.0.1", self.port)):
+            *ended, log = finished(*command)
+        self.assertEqual(ended, [1, ""])
+        self.assertRegex(log, rf"\A[^\n]*127\.0\.0\.1:{self.port}: [^\n]+\n\Z")
+
+    def test_handshake_that_fails(self) -> None:
+        """It is one line of a client's log, without the traceback that Tornado has for it."""
+        with (
+            socket.create_server(("127.0.0.1", self.port)) as listener,
+            running("-W", "ignore", *self.watch) as process,  # for the connection that stays open
         ):
-            with self.subTest(reply=reply), socket.create_server(("127.0.0.1", 0)) as listener:
-                url = f"ws://127.0.0.1:{listener.getsockname()[1]}/"
-                # Tornado forgets to close the connection of a 101 that it does not accept,
-                # which only "-W error" would say.
-                with running("client.py", "--url", url, program=[sys.executable]) as process:
-                    peer, _ = listener.accept()
-                    with peer, peer.makefile("rb") as request:
-                        head = b"".join(iter(request.readline, b"\r\n"))
-                        key = head.partition(b"Sec-Websocket-Key: ")[2].split()[0]
-                        answer = WebSocketProtocol13.compute_accept_value(key).encode()
-                        peer.sendall(reply.replace(b"KEY", answer))
-                        if line:
-                            self.assertRegex(said(process, ""), line)
-                        if reply == accepted:
-                            process.send_signal(signal.SIGINT)
-                            self.assertEqual(request.read(1), b"\x88")  # its Close frame
-                        status, _, err = stop(process)
-                        self.assertEqual((status, err), (0, ""))
+            for _ in range(2):
+                with listener.accept()[0] as peer:
+                    peer.recv(4096)
+                    peer.sendall(b"HTTP/1.1 101 Sure\r\n\r\n")
+                self.assertIn(" cannot connect: ", line_with(process, ""))
 
-    def test_a_signal_after_the_end_is_passed_over(self) -> None:
-        """The handlers of run stay, and have nothing to end any more."""
-        code = "import asyncio, os, server; server.run(asyncio.sleep(0)); os.kill(os.getpid(), 15)"
-        self.assertEqual(finished("-c", code), (0, "", ""))
+    @unittest.skipUnless(sys.platform == "linux", "only on Linux is 127.0.0.2 always there")
+    def test_default_address(self) -> None:
+        """As it starts, a server listens on localhost, and on no other address."""
+        with running("server.py", "--port", "0") as process:
+            port = port_of(url_of(process))
+            self.assertRaises(OSError, socket.create_connection, ("127.0.0.2", port))
 
+    @unittest.skipIf(sys.version_info < (3, 12), "Python has no eager tasks before 3.12")
+    def test_eager_tasks(self) -> None:
+        """What `run` runs creates tasks that take their first step at once."""
+        code = """if True:
+            import asyncio, server
+            async def main():
+                asyncio.create_task(step())
+                print("after")
+            async def step():
+                print("step")
+            server.run(main())"""
+        self.assertEqual(finished("-c", code), (0, "step\nafter\n", ""))
 
-class OptionTests(ScriptCase):
-    def test_what_cannot_be_done_is_one_line(self) -> None:
-        """A bad option costs one line on standard error and status 2, a port in use status 1."""
-        bad = [f"--port={port}" for port in ("-1", "abc", "65536", "1.5")]
-        bad += [f"--p={p}" for p in ("-0.1", "1.1", "nan", "x")]
-        bad += [f"--interval={interval}" for interval in ("0", "-1", "nan", "inf", "0.5")]
-        bad += [f"--batch={batch}" for batch in ("0", "-1", "x")]
-        bad += [f"--url={url}" for url in ("http://a/", "a", "", "ws://a:99999", "ws://u:pw@a/")]
-        bad += ["--url"]
-        started = AssertionError("started")
-        self.enterContext(mock.patch.object(WebSocketClient, "start", side_effect=started))
-        # A server that took a bad option would end here, too, but with status 1.
-        busy = "server.py", "--address=127.0.0.1", f"--port={self.port}"
-        self.enterContext(socket.create_server(("127.0.0.1", self.port)))
-        for option in bad:
-            argv = ["client.py", option] if "--url" in option else [*busy, option]
-            with (
-                self.subTest(argv=argv),
-                mock.patch("sys.argv", argv),
-                contextlib.redirect_stderr(io.StringIO()) as err,
-            ):
-                with self.assertRaises(SystemExit) as end:
-                    if argv[0] == "client.py":
-                        client.main()
-                    else:
-                        asyncio.run(server.main())
-                self.assertEqual(end.exception.code, 2)
-                self.assertRegex(err.getvalue(), rf"^{argv[0]}: error: .*\n$")
-                self.assertNotIn("pw", err.getvalue())
-        for arguments, status, text in (
-            (["server.py", "--address="], 2, "server.py: error: .* empty"),
-            (["client.py", "--unknown"], 2, "client.py: error: .*--unknown"),
-            (busy, 1, f"cannot serve on 127.0.0.1:{self.port}: "),
-        ):
-            *got, line = finished(*arguments)
-            self.assertEqual(got, [status, ""])
-            self.assertRegex(line, rf"{text}.*\n$")
-            self.assertNotIn("Traceback", line)
-
-    def test_help_names_every_option_with_its_default(self) -> None:
-        """--help says what the script does, and each option's default."""
-        for module, defaults in (
-            (server, ("(localhost)\n", "(8765)\n", "(0.72)\n", "(100)\n", "(1)\n")),
-            (client, ("ws://localhost:8765/websocket\n",)),
-        ):
-            status, out, err = finished(f"{module.__name__}.py", "--help")
-            self.assertEqual((status, err), (0, ""))
-            for text in defaults:
-                self.assertIn(text, out)
-            self.assertIn(" ".join((module.__doc__ or "none").split()), " ".join(out.split()))
-
-    def test_importing_does_nothing(self) -> None:
+    def test_import(self) -> None:
         """Importing either script prints, parses and starts nothing."""
         code = "import server, client, threading; assert threading.active_count() == 1"
         self.assertEqual(finished("-c", code, "--not-an-option"), (0, "", ""))
 
+    def test_alone_in_a_folder(self) -> None:
+        """The two files need nothing else, and not each other."""
+        here, there = (self.enterContext(tempfile.TemporaryDirectory()) for _ in range(2))
+        with running(shutil.copy(ROOT / "server.py", here), *FAST) as process:
+            script = shutil.copy(ROOT / "client.py", there)
+            with running(script, "--url", url_of(process)) as follower:
+                follow(follower, 10)
 
-class OutputTests(ScriptCase):
-    def test_ctrl_c_shows_the_last_line(self) -> None:
-        """Without block characters there are the numbers; SIGTERM ends it as any program."""
-        picture, numbers = "▕████████████████████▏ ", "Beta(1, 1)  mean 0.5000  sd 0.2887  missed 0"
-        for encoding, line, number, expected in (
-            ("utf-8", picture + numbers, signal.SIGINT, 0),
-            ("ascii", numbers, signal.SIGINT, 0),
-            ("utf-8", picture + numbers, signal.SIGTERM, -signal.SIGTERM),
+    def test_output_that_head_has_left(self) -> None:
+        """A client ends quietly when nobody reads its output any more."""
+        with running(*self.watch) as process:
+            assert process.stdout and process.stderr
+            process.stdout.readline()
+            process.stdout.close()
+            log = process.stderr.read()
+            self.assertEqual(process.wait(), 0)
+        self.assertEqual([line for line in log.splitlines() if "cannot connect: " not in line], [])
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "there is no /dev/full")
+    def test_full_output(self) -> None:
+        """A client whose output is full says so in one line, and ends with status 1."""
+        with open("/dev/full", "w") as full, running(*self.watch, stdout=full) as process:
+            *_, line = process.communicate()[1].splitlines()
+        self.assertEqual(process.returncode, 1)
+        self.assertIn("[Errno 28]", line)
+
+    def test_closed_output(self) -> None:
+        """Either script runs without a standard output, until Ctrl-C."""
+        closed = "/bin/sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-W", "error"
+        for script, line in ((self.watch, "cannot connect"), (("server.py", *FAST), "serving")):
+            with self.subTest(script[0]), running(*closed, *script, python=False) as process:
+                line_with(process, line)
+                status, _, log = end(process)
+                self.assertEqual(status, 0)
+                self.assertNotIn("Traceback", log)
+
+    def test_blocked_output(self) -> None:
+        """A client whose output nobody reads goes on listening; SIGTERM ends it."""
+        source, sink = os.pipe()
+        self.addCleanup(os.close, source)
+        self.addCleanup(os.close, sink)
+        os.set_blocking(sink, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(sink, b"x")
+        os.set_blocking(sink, True)  # as a terminal is; now it is full
+        with running("server.py", *FAST) as process:
+            url = url_of(process)
+            with running("client.py", "--url", url, stdout=sink) as follower:
+                line_with(follower, "connected to")
+                end(process)
+                line_with(follower, "1001")
+                follower.terminate()
+                self.assertEqual(follower.wait(), -signal.SIGTERM)
+
+
+class OptionTests(unittest.TestCase):
+    def refuses(self, script: str, *options: str) -> None:
+        """See that each of the options ends a script with status 2, its usage and one line."""
+        for option in options:
+            with self.subTest(option=option):
+                status, out, log = finished(script, option)
+                self.assertEqual((status, out), (2, ""))
+                self.assertRegex(log, rf"\Ausage: [^:]*\n{script}: error: [^\n]+\n\Z")
+                self.assertNotIn("password", log)
+
+    def test_bad_options_of_the_server(self) -> None:
+        """A port, an address, a probability or an interval that cannot be meant is refused."""
+        bad = ["--port=-1", "--port=65536", "--port=abc", "--address=", "--unknown", "--port"]
+        bad += ["--p=-0.1", "--p=1.1", "--p=nan", "--interval=0", "--interval=-1", "--interval=inf"]
+        self.refuses("server.py", *bad)
+
+    def test_bad_options_of_the_client(self) -> None:
+        """A URL that can never work is refused, and no password is shown."""
+        bad = "--url=http://a/", "--url=", "--url=ws://user:password@a/", "--unknown", "--url"
+        self.refuses("client.py", *bad)
+
+    def test_help(self) -> None:
+        """--help names every option and its default."""
+        for script, texts in (
+            ("server.py", ("--address", "localhost", "8765", "--p ", "0.72", "--interval", "100")),
+            ("client.py", ("--url", "ws://localhost:8765/websocket")),
         ):
-            with (
-                self.subTest(encoding=encoding, number=number),
-                mock.patch.dict(os.environ, {"PYTHONIOENCODING": encoding}),
-                running("client.py", "--url", self.url) as process,
-            ):
-                said(process, "cannot connect")
-                first = first_line(process)  # which is there at once
-                status, out, err = stop(process, number)
-                self.assertEqual((status, {first, *out.splitlines()}), (expected, {line}))
-                self.assertNotIn("Traceback", err)
-
-    def test_an_output_that_takes_nothing(self) -> None:
-        """One that is closed, or that head has left, costs no line; a full one costs one line."""
-        watch = "client.py", "--url", self.url
-        serve = "server.py", "--address", "127.0.0.1", "--port", str(self.port)
-        place = f"127.0.0.1:{self.port}"
-        closed, head = 'exec "$@" >&-', '("$@"; echo status $? >&2) | head -n 1'
-        cases = [(watch, closed, "", 0), (serve, closed, "", 0), (watch, head, "status 0\n", 0)]
-        if os.path.exists("/dev/full"):
-            full = 'exec "$@" >/dev/full'
-            for script, what in (watch, "standard output"), (serve, f"cannot serve on {place}"):
-                cases.append((script, full, f"{what}: [Errno 28] No space left on device\n", 1))
-        for arguments, command, line, status in cases:
-            shell = "/bin/sh", "-c", command, "sh", *PYTHON
-            with (
-                self.subTest(command=command, arguments=arguments),
-                running(*arguments, program=shell, stdout=DEVNULL) as process,
-            ):
-                if command == closed:
-                    if arguments == watch:
-                        said(process, "cannot connect")
-                    else:
-                        asyncio.run(until(lambda: accepts(self.port)))
-                    process.send_signal(signal.SIGINT)
-                lines = re.sub(".* cannot connect: .Errno .*\n", "", process.communicate()[1])
-                self.assertEqual((lines, process.returncode), (line, status))
+            status, out, log = finished(script, "--help")
+            self.assertEqual((status, log), (0, ""))
+            for text in texts:
+                self.assertIn(text, out)

@@ -1,388 +1,490 @@
-"""The protocol from the server's side: positions, messages, slow and closing clients, and `serve`.
+"""The server's side of the protocol, as far as only a network shows it, and `serve`.
 
-Hostile requests, frames and networks are left to test_faults.py.
+What a stream keeps and gives is left to test_stream.py, hostile requests to test_faults.py.
 """
 
 import asyncio
-import contextlib
-import gc
-import io
-import json
-import math
+import importlib.util
 import socket
 import ssl
-import sys
+import time
 import unittest
-import warnings
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 from unittest import mock
 
 from tornado.httpclient import HTTPClientError, HTTPRequest
-from tornado.testing import ExpectLog, gen_test
-from tornado.web import Application
+from tornado.iostream import IOStream
+from tornado.testing import AsyncHTTPSTestCase
 from tornado.websocket import WebSocketClientConnection, websocket_connect
 
-from server import RandomBernoulli, WebSocketServer, make_app, serve
-from tests.support import HANDSHAKE, PairCase, fresh_server, until
+from client import parse
+from server import WebSocketServer, make_app, serve
+from tests.faults import CLOSE, TEXT, frame, raw_client, reset
+from tests.support import HANDSHAKE, Recorder, ServedCase, following, new_handler, serving, until
 
 
-class RandomBernoulliTests(unittest.TestCase):
-    def test_refuses_what_is_no_probability(self) -> None:
-        """A p outside 0..1, or nan, is a ValueError that names it."""
-        for p in (-0.1, 1.1, math.nan, math.inf, -math.inf):
-            with self.subTest(p=p), self.assertRaisesRegex(ValueError, str(p)):
-                RandomBernoulli(p)
-
-    def test_shows_1_with_probability_p(self) -> None:
-        """The share of 1s is within six standard deviations of p, and exact at both ends."""
-        p, n = 0.72, 100_000
-        ones = sum(RandomBernoulli(p).sample() for _ in range(n))
-        self.assertLess(abs(ones - n * p), 6 * math.sqrt(n * p * (1 - p)))
-        for draw in (0.0, math.nextafter(1, 0)):  # the ends of what random.random() returns
-            with mock.patch("random.random", return_value=draw):
-                self.assertEqual([RandomBernoulli(p).sample() for p in (0, 1)], [0, 1])
+async def read(connection: WebSocketClientConnection) -> tuple[int, list[Any]]:
+    """Read one message, and return its offset and samples."""
+    text = await connection.read_message()
+    assert text is not None, (connection.close_code, connection.close_reason)
+    return parse(text)[1:]
 
 
-class ServerCase(PairCase):
-    """A fresh server, and connections to it that are closed at the end."""
+async def end_of(connection: WebSocketClientConnection) -> tuple[int | None, str | None]:
+    """Read to the end of a connection, and return close code and reason."""
+    while await connection.read_message() is not None:
+        pass
+    return connection.close_code, connection.close_reason
 
-    unread = True
 
-    def setUp(self) -> None:
-        super().setUp()
-        self.connections: list[WebSocketClientConnection] = []
+async def read_frame(peer: IOStream) -> tuple[int, bytes]:
+    """Read one frame that the server has sent, and return its opcode and its payload."""
+    head, size = await peer.read_bytes(2)
+    if size > 125:
+        size = int.from_bytes(await peer.read_bytes(2 if size == 126 else 8), "big")
+    return head & 15, await peer.read_bytes(size)
 
-    def tearDown(self) -> None:
-        for connection in self.connections:
-            connection.close()
-        super().tearDown()
 
-    async def connect(
-        self, query: str = "", url: str = "", **options: Any
-    ) -> WebSocketClientConnection:
-        request = HTTPRequest((url or self.url) + query, **options)
-        connection = await websocket_connect(request, max_message_size=2**30)
-        self.connections.append(connection)
+class ServerCase(ServedCase):
+    """A stream that is served, and its clients."""
+
+    async def asyncSetUp(self) -> None:
+        # As `run` does it: from Python 3.12 on, a task begins at once.
+        loop = asyncio.get_running_loop()
+        loop.set_task_factory(getattr(asyncio, "eager_task_factory", None))
+        await super().asyncSetUp()
+
+    async def connect(self, query: str = "", **options: Any) -> WebSocketClientConnection:
+        connection = await websocket_connect(HTTPRequest(self.url + query, **options))
+        self.addCleanup(connection.close)
         return connection
 
-    async def read(self, connection: WebSocketClientConnection) -> tuple[int, list[Any]]:
-        """Read one message, and return its offset and samples."""
-        text = await connection.read_message()
-        assert isinstance(text, str)
-        message = json.loads(text)
-        self.assertEqual(list(message), ["epoch", "offset", "samples"])
-        self.assertEqual(message["epoch"], self.server.epoch)
-        return message["offset"], message["samples"]
+    async def ready(self) -> WebSocketClientConnection:
+        """Connect a client, which gets its first message at once, though there are no samples."""
+        connection = await self.connect()
+        self.assertEqual(await read(connection), (0, []))
+        return connection
 
-    async def begin(self, **options: Any) -> asyncio.Task[None]:
-        """Serve a fresh stream on a free port, and take the URL that it prints."""
-        self.server = fresh_server(**self.attributes, clients=WebSocketServer.clients)
-        with contextlib.redirect_stdout(io.StringIO()) as output:
-            task = asyncio.ensure_future(serve(make_app(self.server), 0, **options))
-            await until(output.getvalue)
-        self.following.append(task)
-        self.assertRegex(output.getvalue(), r"^wss?://localhost:\d+/websocket\n$")
-        self.url = output.getvalue().rstrip()
-        return task
+    async def peer(self, request: bytes = HANDSHAKE) -> IOStream:
+        """Send a request by hand; the peer reads only what the test reads, and answers nothing."""
+        return await self.enterAsyncContext(raw_client(self.url, request))
 
-    async def written(self) -> None:
-        """Wait until no write to a client is unfinished."""
-        await until(lambda: not any(client.writing for client in self.server.clients))
+    async def stuck(self) -> IOStream:
+        """Connect a peer that does not read, and send it more than a connection can hold."""
+        peer = await self.peer()
+        await peer.read_until(b"\r\n\r\n")
+        self.handler.send_message(["x" * 9_900_000])
+        await until(lambda: {client.position for client in self.handler.clients} == {1})
+        return peer
 
-    async def ready(self, count: int = 1, **options: Any) -> list[WebSocketClientConnection]:
-        """Connect so many clients that have read their first message."""
-        connections = [await self.connect(**options) for _ in range(count)]
-        for connection in connections:
-            self.assertEqual(await self.read(connection), (self.server.end, []))
-        await self.written()
-        return connections
-
-    async def stuck(self) -> WebSocketClientConnection:
-        """Connect a client that does not read, and let the write of sample 1 stay unfinished."""
-        slow = await self.connect()  # whose first message waits in Tornado's queue of one
-        await self.written()
-        self.server.send_message([0])  # waits for room in that queue
-        await self.written()
-        self.server.send_message(["x" * 30_000_000])  # more than the buffers of a connection hold
-        return slow
+    def hurry(self) -> AbstractContextManager[Any]:
+        """Let the clock of the event loop run a hundred times as fast."""
+        loop = asyncio.get_running_loop()
+        begin = loop.time()
+        return mock.patch.object(loop, "time", lambda: begin + 100 * (time.monotonic() - begin))
 
 
 class ConnectingTests(ServerCase):
-    attributes: ClassVar[dict[str, Any]] = {"history_size": 10}
+    sizes: ClassVar[dict[str, int]] = {"history_size": 10}
 
-    async def refused(self, query: str, code: int) -> str:
+    async def asyncSetUp(self) -> None:
+        await super().asyncSetUp()
+        self.handler.send_message([*range(15)])
+        self.known = f"?epoch={self.stream.epoch}"
+
+    async def starts_at(self, offset: int, query: str) -> None:
+        """The first message must begin here."""
+        with self.subTest(query=query[:40]):
+            self.assertEqual(await read(await self.connect(query)), (offset, [*range(offset, 15)]))
+
+    async def refused(self, code: int, query: str = "", **options: Any) -> str:
         """Return the reason why a connection is refused with this code."""
-        with (
-            ExpectLog("tornado.access", str(code)),
-            self.assertRaisesRegex(HTTPClientError, f"HTTP {code}: ") as caught,
-        ):
-            await self.connect(query)
+        with self.assertRaisesRegex(HTTPClientError, f"HTTP {code}: ") as caught:
+            await self.connect(query, **options)
         return str(caught.exception).partition(": ")[2]
 
-    @gen_test
-    async def test_starts_where_the_url_says(self) -> None:
-        """This epoch: at the offset, or the oldest sample after it; else at the oldest sample."""
-        self.server.send_message(list(range(15)))
-        starts = {"": 5, "/": 5, "?offset=7": 5, "?epoch=%FF&offset=12": 5}
-        for epoch in ("00000000", "x" * 5_000, "", "%00", "%D9%A1"):
-            starts |= {f"?epoch={epoch}&offset={text}": 5 for text in ("12", "999", "abc", "-1")}
+    async def test_without_this_epoch(self) -> None:
+        """Without an epoch, or with another, a client starts at the oldest sample."""
+        for query in ("", "?", "?offset=12", "?offset=abc"):
+            await self.starts_at(5, query)
+        for epoch in ("00000000", "x" * 5_000, "", "%00", "%D9%A1", self.stream.epoch + "0"):
+            await self.starts_at(5, f"?epoch={epoch}&offset=12")
+
+    async def test_with_this_epoch(self) -> None:
+        """With this epoch, a client starts at its offset, or at the oldest sample after it."""
         for offset in range(16):
-            for text in (str(offset), f"{offset:015}"):
-                starts[f"?epoch={self.server.epoch}&offset={text}"] = max(5, offset)
-        for query, start in starts.items():
-            with self.subTest(query=query[:40]):
-                got = await self.read(await self.connect(query))
-                self.assertEqual(got, (start, [*range(start, 15)]))
+            await self.starts_at(max(5, offset), f"{self.known}&offset={offset}")
+        await self.starts_at(12, f"{self.known}&offset=000000000000012")
 
-    @gen_test
-    async def test_refuses_an_offset_that_no_client_can_have(self) -> None:
+    async def test_with_an_offset_that_no_client_can_have(self) -> None:
         """This epoch, and no number from 0 to the end in 1 to 15 digits: 400 with the reason."""
-        self.server.send_message(list(range(15)))
-        odd = ["", "-1", "abc", "1_0", "+1", "1.0", "1e1", "%201", "%200%20", "%D9%A1", "%FF"]
-        odd += ["%00", "16", "9" * 15, "1" * 16, "0" * 15 + "1", "1" * 5_000, "%C2%B2"]
-        for offset in ["", *(f"&offset={text}" for text in odd)]:
-            with self.subTest(offset=offset[:20]):
-                reason = await self.refused(f"?epoch={self.server.epoch}{offset}", 400)
-                self.assertEqual(reason, "offset must be a number from 0 to 15")
+        odd = ["", "-1", "abc", "1_0", "+1", "1.0", "1e1", "%201", "1%20", "1%0A", "%D9%A1", "%00"]
+        odd += ["16", "9" * 15, "1" * 16, "0" * 15 + "1", "1" * 5_000, "%C2%B2"]
+        for query in ("", *(f"&offset={offset}" for offset in odd)):
+            with self.subTest(query=query[:30]):
+                self.assertIn("offset", await self.refused(400, self.known + query))
 
-    @gen_test
-    async def test_refuses_more_clients_than_max_clients(self) -> None:
-        """One client more than max_clients: 503 with a reason, until another one has gone."""
-        self.server.max_clients = 2
-        connections = await self.ready(2)
-        self.assertEqual(await self.refused("", 503), "too many clients")
-        connections[0].close()
-        await until(lambda: len(self.server.clients) == 1)
-        await self.ready()
+    async def test_with_an_origin(self) -> None:
+        """A page of another site gets 403, and one of the server's own is let in."""
+        await self.refused(403, headers={"Origin": "http://evil.example"})
+        await self.connect(headers={"Origin": f"http://127.0.0.1:{self.port}"})
+
+    async def test_elsewhere(self) -> None:
+        """There is one route, without a slash at its end; anything else gets 404."""
+        for path in ("/", "/x", "s"):
+            await self.refused(404, path)
+
+    async def test_too_many_clients(self) -> None:
+        """One more than max_clients gets 503 with the reason, until another has left."""
+        self.handler.max_clients = 1
+        first = await self.connect()
+        self.assertIn("clients", await self.refused(503))
+        first.close()
+        await until(lambda: not self.handler.clients)
+        await self.connect()
+
+    async def test_a_hundred_at_once_where_5_are_allowed(self) -> None:
+        """Exactly 5 get in."""
+        self.handler.max_clients = 5
+        tries = await asyncio.gather(*(self.connect() for _ in range(100)), return_exceptions=True)
+        self.assertEqual(sum(isinstance(result, HTTPClientError) for result in tries), 95)
+        self.assertEqual(len(self.handler.clients), 5)
 
 
 class MessageTests(ServerCase):
-    attributes: ClassVar[dict[str, Any]] = {"history_size": 100, "message_size": 40}
-
-    @gen_test
-    async def test_every_client_gets_every_sample(self) -> None:
-        """Each comes once, at once; of many in one turn the first is alone, the rest together."""
-        connections = await self.ready(5)
-        for offset in range(20):
-            self.server.send_message([offset])
+    async def test_every_client_gets_every_sample_once(self) -> None:
+        """Each sample comes at once to each client."""
+        connections = [await self.ready() for _ in range(5)]
+        for number in range(20):
+            self.handler.send_message([number])
             for connection in connections:
-                self.assertEqual(await self.read(connection), (offset, [offset]))
-        await self.written()
-        for sample in range(20, 30):
-            self.server.send_message([sample])
-        for connection in connections:
-            self.assertEqual(await self.read(connection), (20, [20]))
-            self.assertEqual(await self.read(connection), (21, [*range(21, 30)]))
+                self.assertEqual(await read(connection), (number, [number]))
 
-    @gen_test
-    async def test_history_and_messages_are_bounded(self) -> None:
-        """The newest history_size samples are kept, and come message_size at a time."""
-        (early,) = await self.ready()
-        self.server.send_message(list(range(250)))
-        for connection in (early, await self.connect()):
-            for start, end in ((150, 190), (190, 230), (230, 250)):
-                self.assertEqual(await self.read(connection), (start, [*range(start, end)]))
-        for sample in range(250, 1_000):
-            self.server.send_message([sample])
-        self.assertEqual((self.server.history, self.server.end), ([*range(900, 1_000)], 1_000))
+    async def test_long_samples(self) -> None:
+        """A late joiner gets samples of 12 kB, 100 kB and 1 MB in messages that it can take."""
+        samples = [str(number).zfill(12_000) for number in range(1_000)]
+        samples += [str(number).zfill(100_000) for number in range(120)]
+        samples += [str(number).zfill(1_000_000) for number in range(12)]
+        self.handler.send_message(samples)
+        with self.assertNoLogs("client", "WARNING"):
+            async with following(client := Recorder(self.url)):
+                await until(lambda: client.position == len(samples))
+        self.assertTrue(client.samples == samples)  # to show the difference would take minutes
 
-    @gen_test
-    async def test_the_log_keeps_its_own_copy(self) -> None:
-        """A sample is whatever JSON can hold, and stays for late joiners what it was when sent."""
-        (early,) = await self.ready()
-        samples = ["ä\u2028\ud800", [1, [2]], {"a": None}, 1.5, True, 10**30]
-        expected = json.loads(json.dumps(samples))
-        self.server.send_message(samples)
-        samples[1].append(3)  # type: ignore[attr-defined]
-        samples.clear()
-        for connection in (early, await self.connect()):
-            self.assertEqual(await self.read(connection), (0, expected))
+    async def test_from_threads(self) -> None:
+        """What threads send while clients come and go arrives once, in each thread's order."""
+        self.stream.history_size = 15_000
 
-    @gen_test
-    async def test_what_is_refused_changes_nothing(self) -> None:
-        """No list, not JSON, another thread: an error, and the log stays as it was."""
-        (connection,) = await self.ready()
-        refused: Any
-        for refused in ({"place": "roof"}, "110", (1, 0), None, [0, {1}], [b"bytes"]):
-            with self.subTest(refused=refused), self.assertRaises(TypeError):
-                self.server.send_message(refused)
-        for number in (math.nan, math.inf):
-            with self.subTest(number=number), self.assertRaises(ValueError):
-                self.server.send_message([0, number])
-        with self.assertRaises(RuntimeError):
-            await asyncio.to_thread(self.server.send_message, [1])
-        self.assertEqual((self.server.history, self.server.end), ([], 0))
-        for samples in ([], [7]):  # no samples make no message
-            self.server.send_message(samples)
-        self.assertEqual(await self.read(connection), (0, [7]))
+        def source(name: str) -> None:
+            for number in range(5_000):
+                self.handler.send_message([[name, number]])
+
+        async def program(name: str) -> None:
+            source(name)
+
+        async with following(early := Recorder(self.url)):
+            threads = [asyncio.to_thread(source, "a"), asyncio.to_thread(source, "b")]
+            sources = asyncio.gather(*threads, asyncio.to_thread(asyncio.run, program("c")))
+            while not sources.done():
+                async with following(visitor := Recorder(self.url)):
+                    await until(lambda: visitor.connected)
+            await sources
+            async with following(late := Recorder(self.url)):
+                await until(lambda: early.position == late.position == 15_000)
+        self.assertEqual(early.samples, late.samples)
+        for name in "abc":
+            numbers = [number for thread, number in early.samples if thread == name]
+            self.assertEqual(numbers, [*range(5_000)])
 
 
-class SlowClientTests(ServerCase):
-    @gen_test
-    async def test_gets_what_came_meanwhile_in_one_message(self) -> None:
-        """Passed over while a write is unfinished, it costs others nothing, and may see a jump."""
-        for size, rest in ((10_000, (2, [*range(2, 50)])), (10, (40, [*range(40, 50)]))):
-            await self.restart()
-            self.server.history_size = size
-            slow = await self.stuck()
-            (client,) = self.server.clients
-            healthy = await self.connect(f"?epoch={self.server.epoch}&offset=2")
-            self.assertEqual(await self.read(healthy), (2, []))
-            for offset in range(2, 50):
-                self.server.send_message([offset])
-                self.assertEqual(await self.read(healthy), (offset, [offset]))
-            self.assertEqual((client.position, client.writing), (2, True))
-            got = [await self.read(slow) for _ in range(4)]
-            self.assertEqual([offset for offset, _ in got[:3]], [0, 0, 1])
-            self.assertEqual(got[3], rest)
+class SlowReaderTests(ServerCase):
+    async def overtaken(self) -> tuple[int, list[Any]]:
+        """Send 49 samples past a peer that does not read; return its next message, parsed."""
+        slow = await self.stuck()
+        healthy = await self.connect(f"?epoch={self.stream.epoch}&offset=1")
+        self.assertEqual(await read(healthy), (1, []))
+        for number in range(1, 50):
+            self.handler.send_message([number])
+            self.assertEqual(await read(healthy), (number, [number]))
+        self.assertEqual(sorted(client.position for client in self.handler.clients), [1, 50])
+        frames = [await read_frame(slow) for _ in range(3)]  # empty, the long sample, and the rest
+        return parse(frames[2][1].decode())[1:]
 
-    @gen_test
-    async def test_a_cancelled_write_leaves_no_traceback(self) -> None:
-        """As when the event loop ends; the client is no longer passed over."""
-        await self.ready()
-        (client,) = self.server.clients
-        future = asyncio.get_running_loop().create_future()
-        with mock.patch.object(client, "write_message", return_value=future):
-            self.server.send_message([1])
-        future.cancel()
-        await until(lambda: not client.writing)
+    async def test_gets_one_long_message(self) -> None:
+        """It has all that came meanwhile; the others have got each sample at once."""
+        self.assertEqual(await self.overtaken(), (1, [*range(1, 50)]))
+
+    async def test_sees_what_it_has_missed(self) -> None:
+        """When it fell out of the history, the offset jumps to the oldest sample."""
+        self.stream.history_size = 10
+        self.assertEqual(await self.overtaken(), (40, [*range(40, 50)]))
+
+    async def test_is_reset(self) -> None:
+        """A client whose connection is reset during a write is forgotten without a warning."""
+        with self.assertNoLogs("server", "WARNING"):
+            peer = await self.stuck()
+            reset(peer)
+            await until(lambda: not self.handler.clients)
 
 
 class BadClientTests(ServerCase):
-    @gen_test
-    async def test_a_client_that_speaks_is_closed(self) -> None:
-        """Text, binary or empty: 1008, since the stream is read-only; more than 1 KiB: 1009."""
-        read_only, too_big = (1008, "this stream is read-only"), (1009, "message too big")
-        speech: list[str | bytes] = ["hello", b"\x00", "", "x" * 1_024, "x" * 1_025]
-        for message in speech:
-            (connection,) = await self.ready()
+    async def test_that_speaks(self) -> None:
+        """It is closed: with 1008, since the stream is read-only; above 1,024 bytes with 1009."""
+        for message in ("hello", b"\x00", "", "x" * 1_024, "x" * 1_025):
+            connection = await self.ready()
             await connection.write_message(message, binary=isinstance(message, bytes))
-            self.assertIsNone(await connection.read_message())
-            end = connection.close_code, connection.close_reason
-            self.assertEqual(end, too_big if len(message) > 1_024 else read_only)
-            await until(lambda: not self.server.clients)
+            code, _ = await end_of(connection)
+            self.assertEqual(code, 1009 if len(message) > 1_024 else 1008)
 
-    @gen_test
-    async def test_what_cannot_be_written_to_costs_the_others_nothing(self) -> None:
-        """A closing client is passed over; one whose write raises is dropped with one line."""
-        connections = await self.ready(5)
-        closing, bad, *_ = self.server.clients
-        closing.close()
-        broken = mock.patch.object(bad, "write_message", side_effect=RuntimeError("broken"))
-        with broken, self.assertLogs("server", "WARNING") as logs:
-            for sample in range(3):
-                self.server.send_message([sample])
-            self.assertEqual(len(self.server.clients), 5)  # they count until the socket is closed
-        (line,) = logs.output
-        self.assertRegex(line, r"^WARNING:server:client \S+ dropped: RuntimeError\('broken'\)$")
-        got = [await connection.read_message() for connection in connections]
-        self.assertEqual(sum(message is not None for message in got), 3)
-        await until(lambda: len(self.server.clients) == 3)
+    async def test_that_does_not_answer_when_it_is_closed(self) -> None:
+        """It gets nothing more, but counts until its connection has ended."""
+        peer = await self.peer()
+        await peer.read_until(b"\r\n\r\n")
+        await read_frame(peer)
+        await peer.write(frame(TEXT, b"hello"))
+        opcode, _ = await read_frame(peer)
+        self.assertEqual(opcode, CLOSE)
+        self.handler.send_message([1])
+        self.assertEqual(await read(await self.connect()), (0, [1]))
+        self.assertEqual(len(self.handler.clients), 2)
+        with self.hurry():
+            await until(lambda: len(self.handler.clients) == 1)
+        self.assertEqual(await peer.read_until_close(), b"")
 
-    @gen_test
-    async def test_reset_clients_are_forgotten_quietly(self) -> None:
-        """Connections that are reset, with writes unfinished, leave no client and no warning."""
-        with self.assertNoLogs(level="WARNING"):
-            for _ in range(5):
-                with socket.create_connection(("127.0.0.1", self.port)) as peer:
-                    peer.sendall(HANDSHAKE)
-                    await until(lambda: self.server.clients)
-                    self.server.send_message(["x" * 5_000_000])
-                    peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-                self.server.send_message(["x"])
-                await until(lambda: not self.server.clients)
+    async def test_to_which_a_write_raises(self) -> None:
+        """It is closed with 1011, the log has the traceback, and the others notice nothing."""
+        connections = [await self.ready() for _ in range(5)]
+        bad = next(iter(self.handler.clients))
+        broken = mock.patch.object(bad, "write_message", side_effect=ValueError("broken"))
+        with broken, self.assertLogs("server", "ERROR") as logs:
+            self.handler.send_message([0])
+            await until(lambda: len(self.handler.clients) == 4)
+        self.assertIn("ValueError: broken", "".join(logs.output))
+        self.handler.send_message([1])
+        codes = []
+        for connection in connections:
+            if await connection.read_message() is None:
+                codes.append(connection.close_code)
+            else:
+                self.assertEqual(await read(connection), (1, [1]))
+        self.assertEqual(codes, [1011])
 
 
-class StreamTests(ServerCase):
-    def test_defaults(self) -> None:
-        """10,000 samples are kept, 1,000 fit a message, 900 clients may come; pings every 10 s."""
-        sizes = WebSocketServer.history_size, WebSocketServer.message_size
-        self.assertEqual((*sizes, WebSocketServer.max_clients), (10_000, 1_000, 900))
-        self.assertRegex(WebSocketServer.epoch, "^[0-9a-f]{8}$")
-        pings = [make_app().settings[f"websocket_ping_{name}"] for name in ("interval", "timeout")]
-        self.assertEqual(pings, [10, 10])
+class SubclassTests(ServerCase):
+    async def test_that_calls_super(self) -> None:
+        """A client that leaves while `prepare` awaits something is forgotten; the next is served."""
+        asked, answer, left = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
-    @gen_test
-    async def test_each_subclass_is_a_stream_of_its_own(self) -> None:
-        """Two subclasses have two epochs and two logs, and feed only clients of their own."""
+        class Asking(WebSocketServer):
+            async def prepare(self) -> None:  # type: ignore[override]
+                super().prepare()
+                asked.set()
+                await answer.wait()
 
-        class A(WebSocketServer):
-            pass
+            def on_close(self) -> None:
+                super().on_close()
+                left.set()
 
-        class B(WebSocketServer):
-            epoch = "sensor-b"
+        self.handler = Asking
+        await self.restart()
+        leaving = await self.peer()
+        await asked.wait()
+        leaving.close()
+        await left.wait()
+        answer.set()
+        await self.ready()
+        self.assertEqual(len(Asking.clients), 1)
 
-        self.assertEqual(B.epoch, "sensor-b")
-        self.assertRegex(A.epoch, "^[0-9a-f]{8}$")
-        self.assertEqual(len({A.epoch, B.epoch, WebSocketServer.epoch, fresh_server().epoch}), 4)
-        address = self.serve(Application([("/a", A), ("/b", B)]))
-        streams = ((A, f"ws://{address}/a", [1]), (B, f"ws://{address}/b", [2, 3]))
-        early = []
-        for self.server, url, _ in streams:  # which read expects
-            early.append(await self.connect(url=url))
-            self.assertEqual(await self.read(early[-1]), (0, []))
-        await self.written()
-        for stream, _, samples in streams:
-            stream.send_message(samples)
-        for (self.server, url, samples), connection in zip(streams, early, strict=True):
-            for reader in (connection, await self.connect(url=url)):
-                self.assertEqual(await self.read(reader), (0, samples))
-        for unused in WebSocketServer, fresh_server(A):
-            self.assertEqual((unused.end, unused.history), (0, []))
+    async def test_that_forgets_super(self) -> None:
+        """Without it in `prepare`, the client is closed with 1011; the log has the traceback."""
+
+        class Forgetful(WebSocketServer):
+            def prepare(self) -> None:
+                pass
+
+        self.handler = Forgetful
+        await self.restart()
+        with self.assertLogs("server", "ERROR") as logs:
+            self.assertEqual((await end_of(await self.connect()))[0], 1011)
+        self.assertIn("Traceback", logs.output[0])
+
+    async def test_that_raises_in_open(self) -> None:
+        """Its client is forgotten when there is a sample to send; Tornado never calls on_close."""
+
+        class Raising(WebSocketServer):
+            def open(self) -> None:
+                super().open()
+                raise ValueError("broken")
+
+        self.handler = Raising
+        await self.restart()
+        with self.assertLogs("tornado.application", "ERROR"):
+            await end_of(await self.connect())
+        self.handler.send_message([1])
+        with self.hurry():
+            await until(lambda: not self.handler.clients)
+
+
+class MakeAppTests(ServerCase):
+    async def test_refuses_a_class_that_has_clients(self) -> None:
+        """RuntimeError, and the clients go on; they do not matter to a parent or a subclass."""
+        self.handler = new_handler(parent := new_handler())
+        await self.restart()
+        connection = await self.ready()
+        with self.assertRaisesRegex(RuntimeError, self.handler.__name__):
+            make_app(self.handler)
+        for other in (parent, new_handler(self.handler)):
+            make_app(other)
+        self.handler.send_message([1])
+        self.assertEqual(await read(connection), (0, [1]))
+
+    async def test_sending_without_it(self) -> None:
+        """On a class that is not served, even if its parent is, it is a RuntimeError."""
+        for unserved in (new_handler(), new_handler(self.handler)):
+            with self.assertRaisesRegex(RuntimeError, "make_app"):
+                unserved.send_message([1])
+        await self.ready()  # there is nothing in the stream of the parent
+
+    async def test_settings(self) -> None:
+        """A ping every 10 s, 1,024 bytes at most from a client, and room for 900 clients."""
+        settings = make_app(self.handler).settings
+        self.assertEqual(settings["websocket_ping_interval"], 10)
+        self.assertEqual(settings["websocket_max_message_size"], 1_024)
+        self.assertEqual(self.handler.max_clients, 900)
+
+
+class TwoApplicationsTests(ServerCase):
+    async def test_at_the_same_time(self) -> None:
+        """Each has its own samples and clients; when one ends, the other's notice nothing."""
+        staying = await self.ready()
+        other = new_handler(self.handler)
+        async with serving(make_app(other)) as self.url:
+            leaving = await self.ready()
+            other.send_message(["other"])
+            self.assertEqual(await read(leaving), (0, ["other"]))
+        self.assertEqual(await end_of(leaving), (1001, "going away"))
+        self.handler.send_message([1])
+        self.assertEqual(await read(staying), (0, [1]))
+
+    def test_one_after_the_other(self) -> None:
+        """A class may be served again, even in another event loop, and has a new stream then."""
+        handler = new_handler()
+
+        async def program() -> str:
+            async with serving(make_app(handler)) as url, following(client := Recorder(url)):
+                handler.send_message([1])
+                await until(lambda: client.samples == [1])
+            return handler.stream.epoch
+
+        self.assertNotEqual(asyncio.run(program()), asyncio.run(program()))
+
+
+class GoodbyeTests(ServerCase):
+    async def test_to_every_client(self) -> None:
+        """Each gets 1001, once; one that does not answer is dropped, so that the server ends."""
+        silent = await self.stuck()
+        healthy = await self.connect()
+        ended = asyncio.create_task(self.served.aclose())
+        self.assertEqual(await end_of(healthy), (1001, "going away"))
+        frames = [await read_frame(silent) for _ in range(3)]  # empty, the long sample, and this
+        self.assertEqual(frames[2], (CLOSE, (1001).to_bytes(2) + b"going away"))
+        with self.hurry():
+            await until(ended.done)
+        self.assertEqual(self.handler.clients, set())
+        self.assertEqual(await silent.read_until_close(), b"")
+
+    async def test_to_who_is_no_client_yet(self) -> None:
+        """A connection is closed, whatever it has sent so far, and nobody can connect any more."""
+        peers = [await self.peer(request) for request in (b"", b"GET /", HANDSHAKE[:-2])]
+        await self.ready()  # by then, the server has accepted those before it
+        await self.served.aclose()
+        with self.assertRaises(OSError):
+            await self.connect()
+        self.assertEqual([peer.closed() for peer in peers], [True, True, True])
 
 
 class ServeTests(ServerCase):
-    @gen_test
-    async def test_refuses_what_it_cannot_listen_on(self) -> None:
-        """Out of range, in use or not here: an error with address and port in its text."""
+    async def test_on_a_port_that_is_taken(self) -> None:
+        """An OSError names address and port, and the other server goes on."""
+        connection = await self.ready()
+        with self.assertRaisesRegex(OSError, f"127.0.0.1:{self.port}"):
+            await serve(make_app(new_handler()), self.port, "127.0.0.1")
+        self.handler.send_message([1])
+        self.assertEqual(await read(connection), (0, [1]))
+
+    async def test_on_an_address_that_is_not_here(self) -> None:
+        """Unknown, malformed, or of another machine: an OSError names address and port."""
+        for host in ("no-such-host.invalid", "x" * 300, "192.0.2.1", "[2001:db8::1]"):
+            with self.subTest(host), self.assertRaises(OSError) as caught:
+                await serve(make_app(new_handler()), self.port, host.strip("[]"))
+            self.assertIn(f"{host}:{self.port}", str(caught.exception))
+
+    async def test_on_what_cannot_be_meant(self) -> None:
+        """An empty address, or a port out of range, is a ValueError that names it."""
         for port, address in ((0, ""), (-1, "localhost"), (65_536, "localhost")):
             with self.assertRaisesRegex(ValueError, f"{address!r}, {port}"):
-                await serve(make_app(), port, address)
-        hosts = {"127.0.0.1": "127.0.0.1", "2001:db8::1": r"\[2001:db8::1\]", "a..b": "a..b"}
-        with warnings.catch_warnings(action="ignore", category=ResourceWarning):
-            for host, text in hosts.items():
-                expected = f"^cannot serve on {text}:{self.port}: "
-                with self.assertRaisesRegex((OSError, SystemExit), expected):
-                    await serve(make_app(), self.port, host)
-            gc.collect()  # Tornado forgets the socket that it could not bind
-        self.assertTrue(sys.stdout)  # who catches the error, as IPython does, can still print
-        with mock.patch("tornado.netutil.bind_sockets", side_effect=OSError("busy")):
-            for ports, port in (((), 8765), ((65_535,), 65_535)):
-                line = f"^cannot serve on localhost:{port}: busy$"
-                with self.assertRaisesRegex(SystemExit, line):
-                    await serve(make_app(), *ports)
+                await serve(make_app(new_handler()), port, address)
 
-    @gen_test
-    async def test_ssl_options_make_it_wss(self) -> None:
-        """With ssl_options the URL begins with wss, and who does not speak TLS is refused."""
-        await self.begin(ssl_options=ssl.create_default_context(ssl.Purpose.CLIENT_AUTH))
-        self.assertRegex(self.url, "^wss:")
-        log = ExpectLog("tornado.general", "SSL Error", required=False)
-        with log, self.assertRaises((HTTPClientError, OSError)):
-            await self.connect(url=self.url.replace("wss", "ws"))
+    @unittest.skipUnless(socket.has_dualstack_ipv6(), "there is no IPv6")
+    async def test_on_ipv6(self) -> None:
+        """The URL has the address in brackets, and leads to the server."""
+        async with serving(make_app(new_handler()), address="::1") as self.url:
+            self.assertRegex(self.url, r"\Aws://\[::1\]:\d+/websocket\Z")
+            await self.ready()
 
-    @gen_test
-    async def test_says_goodbye_to_all_at_the_same_offset(self) -> None:
-        """Cancelled, it tells all clients 1001, those behind an unfinished write, too."""
-        task = await self.begin()
-        self.assertRegex(self.url, "^ws:")
-        slow = await self.stuck()
-        healthy = await self.connect()
-        await until(lambda: len(self.server.clients) == 2)
-        for sample in range(10):
-            self.server.send_message([sample])
-        task.cancel()
-        for connection in (slow, healthy):
-            end = 0
-            while text := await connection.read_message():
-                message = json.loads(text)
-                self.assertEqual(message["offset"], end)
-                end += len(message["samples"])
-            self.assertEqual(end, 12)
-            got = connection.close_code, connection.close_reason
-            self.assertEqual(got, (1001, "going away"))
-        with self.assertRaises(asyncio.CancelledError):
-            await task
-        self.assertEqual(WebSocketServer.clients, set())
-        with self.assertRaises(OSError):
-            await self.connect()
+
+class TlsClient(Recorder):
+    """A client that trusts the authorities in a file, or those of the system; or anyone."""
+
+    ca_certs: str | None = None
+    validate_cert = True
+
+    def request(self, url: str) -> HTTPRequest:
+        return HTTPRequest(url, ca_certs=self.ca_certs, validate_cert=self.validate_cert)
+
+
+class WssTests(ServedCase):
+    """A stream behind TLS, whose certificate is one of Tornado's own tests at first."""
+
+    async def asyncSetUp(self) -> None:
+        self.handler = new_handler()
+        self.context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        self.context.load_cert_chain(**AsyncHTTPSTestCase.default_ssl_options())
+        self.url = await self.enterAsyncContext(serving(make_app(self.handler), ssl=self.context))
+        self.client = TlsClient(self.url)
+        self.handler.send_message([*range(10)])
+
+    async def cannot_connect(self, reason: str) -> None:
+        """Each try of the client must be one line that has this reason."""
+        with self.assertLogs("client", "WARNING") as logs:
+            async with following(self.client):
+                await until(lambda: len(logs.output) > 2)
+        for line in logs.output:
+            self.assertRegex(line, rf"\AWARNING:client:cannot connect: .*{reason}.*\Z")
+
+    async def test_url(self) -> None:
+        """With an SSLContext, the URL begins with wss; with ws, a client is not let in."""
+        self.assertRegex(self.url, r"\Awss://127\.0\.0\.1:\d+/websocket\Z")
+        self.client.url = self.url.replace("wss", "ws")
+        await self.cannot_connect("")
+
+    async def test_certificate_that_is_not_trusted(self) -> None:
+        """Each try is one line; a client that does not ask for trust gets all samples."""
+        await self.cannot_connect("certificate verify failed: self.signed")
+        self.client.validate_cert = False
+        async with following(self.client):
+            await until(lambda: self.client.samples == [*range(10)])
+
+    @unittest.skipUnless(importlib.util.find_spec("trustme"), "needs trustme")
+    async def test_certificate_of_another_host(self) -> None:
+        """Each try is one line; when the server has the right one, its clients get all samples."""
+        import trustme
+
+        authority = trustme.CA()
+        with authority.cert_pem.tempfile() as self.client.ca_certs:
+            authority.issue_cert("other.example").configure_cert(self.context)
+            await self.cannot_connect("certificate is not valid for '127.0.0.1'")
+            authority.issue_cert("127.0.0.1").configure_cert(self.context)
+            async with following(self.client):
+                await until(lambda: self.client.samples == [*range(10)])

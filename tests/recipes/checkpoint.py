@@ -4,84 +4,100 @@ Run it beside a server, stop it with Ctrl-C or a kill, and run it again:
 
     python -m tests.recipes.checkpoint checkpoint.json --url ws://localhost:8765/websocket
 
-For another model, replace what `_load`, `_save` and `on_message` say of the posterior. It needs
-only Tornado, and a file for each client. A sample that is not 0 or 1 is left out and counted as
-refused. Its limits: what leaves the server's history while the client is away is counted
-as missed. It survives a kill, but not always a power failure (it does not call fsync).
+For a model of your own, write a subclass of `Checkpointed` like `SavedPosterior`: a `state` that
+JSON can hold, and `update`, which returns the next state. It needs only Tornado, and a file for each
+client. Its limits: the whole state is written for each list of samples, so keep it small. What leaves
+the server's history while the client is away is counted as missed. It survives a kill, but not always
+a power failure (it does not call fsync).
 """
 
 import argparse
 import json
 import logging
-import math
 import os
 from pathlib import Path
 from typing import Any
 
 from client import BetaBinomial, WebSocketClient, watch
 
-log = logging.getLogger("client")
+logger = logging.getLogger("client")
 
 
 class Checkpointed(WebSocketClient):
-    """A client whose epoch, position, counts and posterior are in a file, always together.
+    """A client whose position and state are in a file, always together."""
 
-    To begin with another prior, set `posterior` before the client starts if `epoch` is None.
-    """
+    state: Any = None  # at first; anything that JSON can hold
 
     def __init__(self, url: str, path: Path, retry_delay: float = 3) -> None:
         super().__init__(url, retry_delay)
         self.path = path
-        self.refused = 0  # samples that the model does not take
         if path.exists():
-            try:
-                self._load()
-            except (KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
-                raise ValueError(f"{path} is not a checkpoint") from error
-        self._save(self.posterior, self.refused, self.position)  # or say at once that it cannot
+            self.load()
+        self.save(self.state)  # or say at once that it cannot
 
-    def __str__(self) -> str:
-        return f"{super().__str__()}  refused {self.refused}"
-
-    def _load(self) -> None:
-        state = json.loads(self.path.read_bytes())
-        epoch, prior = state["epoch"], BetaBinomial(*state["posterior"])
-        numbers = [state["position"], state["missed"], state["refused"]]
-        if not (epoch is None or type(epoch) is str) or {*map(type, numbers)} != {int}:
-            raise TypeError
-        if not {*map(type, prior)} <= {int, float}:
-            raise TypeError
-        if min(numbers) < 0 or min(prior) <= 0 or not all(map(math.isfinite, prior)):
-            raise ValueError
-        self.epoch, self.posterior = epoch, prior
-        self.position, self.missed, self.refused = numbers
-
-    def _save(self, posterior: BetaBinomial, refused: int, position: int) -> None:
-        state = {"epoch": self.epoch, "position": position, "missed": self.missed}
-        new = self.path.with_name(self.path.name + ".new")
-        new.write_text(json.dumps(state | {"refused": refused, "posterior": posterior}))
-        os.replace(new, self.path)  # a kill leaves the old file or the new one, never half of one
+    def update(self, samples: list[Any]) -> Any:
+        """Return the state after these samples too, and leave `self.state` as it is."""
+        raise NotImplementedError
 
     def on_message(self, samples: list[Any]) -> None:
+        state = self.update(samples)
+        self.save(state)  # epoch, position and missed are already those after these samples
+        self.state = state  # last: after an exception the same samples come again
+
+    def load(self) -> None:
+        """Read the file; ValueError if it is not one of these."""
+        try:
+            match json.loads(self.path.read_bytes()):
+                case {
+                    "epoch": str() | None as epoch,
+                    "position": int(position),
+                    "missed": int(missed),
+                    "state": state,
+                }:
+                    self.epoch, self.position, self.missed = epoch, position, missed
+                    self.state = state
+                case _:
+                    raise ValueError("not its keys and types")
+            self.update([])  # raises an exception if this is the state of another model
+        except (LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.path} is not a checkpoint of this model: {error!r}") from error
+
+    def save(self, state: Any) -> None:
+        """Write a new file, and put it in the place of the old one."""
+        saved = {"epoch": self.epoch, "position": self.position, "missed": self.missed}
+        new = self.path.with_name(self.path.name + ".new")
+        new.write_text(json.dumps(saved | {"state": state}))
+        os.replace(new, self.path)  # a kill leaves the old file or the new one, never half of one
+
+
+class SavedPosterior(Checkpointed):
+    """The posterior, and a count of the samples that are not 0 or 1."""
+
+    state: Any = (1, 1, 0)  # alpha, beta and the count
+
+    def update(self, samples: list[Any]) -> Any:
+        alpha, beta, refused = self.state
         taken = [sample for sample in samples if sample in (0, 1)]
-        posterior = self.posterior.update(taken)
-        refused = self.refused + len(samples) - len(taken)
-        self._save(posterior, refused, self.position + len(samples))
-        if refused > self.refused:
-            log.warning("refused %d samples that are not 0 or 1", refused - self.refused)
-        self.posterior, self.refused = posterior, refused
+        if len(taken) < len(samples):
+            logger.warning("refused %d samples that are not 0 or 1", len(samples) - len(taken))
+        posterior = BetaBinomial(alpha, beta).update(taken)
+        return [*posterior, refused + len(samples) - len(taken)]
+
+    def __str__(self) -> str:
+        alpha, beta, refused = self.state
+        return f"{BetaBinomial(alpha, beta)}  missed {self.missed}  refused {refused}"
 
 
 def main() -> None:
     """Watch a client that goes on where its file says."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Follow a stream from where a file says.")
     parser.add_argument("file", type=Path, help="to save in, made when it is not there")
     parser.add_argument("--url", default="ws://localhost:8765/websocket", help="%(default)s")
     options = parser.parse_args()
     try:
-        client = Checkpointed(options.url, options.file)
+        client = SavedPosterior(options.url, options.file)
     except (OSError, ValueError) as error:
-        parser.exit(1 if isinstance(error, OSError) else 2, f"{parser.prog}: error: {error}\n")
+        parser.error(str(error))
     watch(client)
 
 

@@ -2,10 +2,10 @@
 
     python -m tests.recipes.mean_variance --url ws://localhost:8765/websocket
 
-Ctrl-C ends it. A sample may also be a number as text, such as a line of growing_file.py. One that
-is not a finite number is refused: it is counted, and one line says so. It needs only
-Tornado. Its limit: the mean is that of all samples since the start, so it is slow to follow a
-source that changes.
+Ctrl-C ends it. A sample may also be a number as text, such as a line of growing_file.py. Anything
+else, and what is not finite, is refused: it is counted, and one line says so. It needs only Tornado.
+In a notebook, call `NumberClient(URL).start()` instead of `main`. Its limit: the mean is that of all
+samples since the start, so it is slow to follow a source that changes.
 """
 
 import dataclasses
@@ -15,21 +15,23 @@ from typing import Any
 
 from client import WebSocketClient, main
 
-log = logging.getLogger("model")
+logger = logging.getLogger("model")
 
 
 @dataclasses.dataclass(frozen=True)
 class MeanVariance:
+    """What is known of the numbers that have come so far."""
+
     count: int = 0
     mean: float = 0.0
     squares: float = 0.0  # the sum of squared deviations from the mean
 
     def add(self, x: float) -> "MeanVariance":
-        """Return the model after this sample too; ValueError if it is not a finite number."""
+        """Return the model after this number too; ValueError if it is not finite."""
         mean = self.mean + (x - self.mean) / (self.count + 1)
         squares = self.squares + (x - self.mean) * (x - mean)
-        if not math.isfinite(squares):  # a single nan would stay for good
-            raise ValueError(f"no finite number, or too large: {x}")
+        if not math.isfinite(squares):  # a single NaN would stay for good
+            raise ValueError(f"not a finite number, or too large: {x}")
         return MeanVariance(self.count + 1, mean, squares)
 
     @property
@@ -38,8 +40,12 @@ class MeanVariance:
 
 
 class NumberClient(WebSocketClient):
-    model = MeanVariance()
-    refused = 0
+    """A client that takes numbers, and refuses anything else."""
+
+    def __init__(self, url: str, retry_delay: float = 3) -> None:
+        super().__init__(url, retry_delay)
+        self.model = MeanVariance()
+        self.refused = 0
 
     def on_message(self, samples: list[Any]) -> None:
         model, refused = self.model, []
@@ -49,7 +55,7 @@ class NumberClient(WebSocketClient):
             except (TypeError, ValueError, OverflowError):
                 refused.append(sample)
         if refused:
-            log.warning("refused %d samples, the first is %.80r", len(refused), refused[0])
+            logger.warning("refused %d samples, the first is %.80r", len(refused), refused[0])
         self.model, self.refused = model, self.refused + len(refused)
 
     def __str__(self) -> str:

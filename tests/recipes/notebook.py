@@ -1,10 +1,23 @@
-"""In a notebook: a picture of the posterior that moves, while you run other cells.
+"""A live plot in Jupyter: a picture of the posterior that moves while you run other cells.
+
+    pip install ipykernel matplotlib
 
 Copy this file beside client.py, start a server, and open the copy in VS Code, or in Jupyter with
-jupytext; or copy the cells, each of which begins with %%, into a notebook beside client.py. It
-needs ipykernel and matplotlib. It ends by itself when the sd is small enough. Run the first cell
-again to begin anew. Its limit: while your own cell computes without a pause, the picture moves more
-slowly, since both share one Python. Run as a program, it only prints this.
+jupytext; or copy the cells, each of which begins with %%, into a notebook beside client.py. The
+client ends by itself when the sd is small enough. Run the first cell again to begin anew. Run as a
+program, this file only prints what you read here.
+
+For any other client, such as NumberClient of mean_variance.py, the same three calls will do:
+
+    client = NumberClient(URL)
+    client.start()  # in a thread of its own, which calls on_message
+    print(client, client.connected)  # in any cell; if it is not connected, the numbers are old
+    client.stop()
+
+Do not call `main` or `watch` there: `main` reads the arguments of the kernel, and ends it, and
+`watch` keeps the cell busy. An exception in `on_message` is shown in the log of the kernel, and the
+same samples come again. The limit: while your own cell computes without a pause, the picture moves
+more slowly, since both share one Python.
 """
 
 import sys
@@ -50,8 +63,8 @@ def draw(posterior: BetaBinomial) -> Any:
 class NotebookClient(WebSocketClient):
     """A client that shows its posterior in the cell that has made it, and stops when it is sure."""
 
-    def __init__(self, url: str) -> None:
-        super().__init__(url)
+    def __init__(self, url: str, retry_delay: float = 3) -> None:
+        super().__init__(url, retry_delay)
         picture = draw(self.posterior)
         self.picture: Any = display(picture, display_id=True)  # type: ignore[no-untyped-call]
         self.drawn = time.monotonic()
@@ -74,7 +87,7 @@ client = NotebookClient(URL)
 client.start()
 
 # %% Run whatever you like meanwhile.
-print(client)
+print(client, "connected" if client.connected else "not connected: these numbers are old")
 
 # %% Stop before the sd is small enough, and show the last picture.
 client.stop()

@@ -2,72 +2,107 @@
 
     python -m tests.recipes.numbered_source prices.csv price
 
-Ctrl-C ends it. It needs only Tornado, and a client whose `on_message` takes numbers and None. The
-offset of a sample is its row number, counted from 0 after the header, and the epoch is the file's
-name. How many rows were sent is in a file beside it, prices.csv.count. To begin again, give the
-CSV file another name. A row without a finite number (an empty line is one, too) is
-sent as null, so that the numbers stay right. Its limits: rows that were sent must never change, and
-a file has one server. It survives a kill, but not always a power failure (it does not call fsync).
+Ctrl-C ends it. It needs only Tornado, and a client that takes numbers and None, such as
+mean_variance.py, which leaves None out. The offset of a sample is its row number, counted from 0
+after the header, and the epoch is made from the file's name. How many rows were sent is in a file
+beside it, prices.csv.count. If you delete that, all rows are sent again under the same numbers, and
+a client that is ahead of them is refused until its row is there. To begin anew for all, give the
+CSV file another name.
+
+For a sample of several columns, replace `read_row`, for instance with
+
+    return {"symbol": row["symbol"], "price": float(row[column])}
+
+A bad row does not end the stream. If `read_row` raises a ValueError, or JSON cannot hold the result
+(NaN), it is one line in the log with the number of the row, and the sample is null, so that all
+other rows keep their numbers. An empty line is a row, too. Any source survives bad data like this:
+check each sample where you still know where it came from.
+
+Its limits: rows that were sent must never change; two files of the same name are the same stream; a
+file has one server. It survives a kill, but not always a power failure (it does not call fsync).
 """
 
 import argparse
 import asyncio
 import csv
-import math
+import hashlib
+import itertools
+import json
+import logging
 import os
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any
 
-from server import WebSocketServer, make_app, run, serve
+from tornado.web import HTTPError
+
+from server import Stream, WebSocketServer, make_app, run, serve
+
+logger = logging.getLogger("source")
 
 
-class Rows(WebSocketServer):
-    """The stream of the rows."""
+def read_row(row: dict[str, str], column: str) -> Any:
+    """Make a sample of a row; ValueError if it is bad."""
+    return float(row[column])
 
 
-def read(lines: TextIO, column: str) -> Iterator[float | None]:
-    """Give the number in this column of each row after the header, None where there is none."""
+def read(lines: Iterable[str], column: str) -> Iterator[Any]:
+    """Give a sample for each row after the header, None for a bad one; ValueError if no column."""
     rows = csv.reader(lines)
     header = next(rows, [])
     if column not in header:
         raise ValueError(f"there is no column {column!r} in {header!r:.80}")
-    return numbers(rows, header.index(column))
+    return samples(rows, header, column)
 
 
-def numbers(rows: Iterator[list[str]], index: int) -> Iterator[float | None]:
-    """Give the number at this index of each row, None where there is none."""
-    while True:
+def samples(rows: Iterator[list[str]], header: list[str], column: str) -> Iterator[Any]:
+    """Give a sample for each row, None for a bad one."""
+    for number in itertools.count():
         try:
-            number = float(next(rows)[index])
+            cells = next(rows)
+            sample = read_row(dict.fromkeys(header, "") | dict(zip(header, cells)), column)
+            json.dumps(sample, allow_nan=False)  # as send_message will do
         except StopIteration:
             return
-        except (IndexError, ValueError, csv.Error):
-            number = math.nan
-        yield number if math.isfinite(number) else None
+        except (csv.Error, TypeError, ValueError) as error:
+            logger.warning("row %d is sent as null: %s", number, error)
+            sample = None
+        yield sample
 
 
-def load(rows: Iterator[float | None], count_file: Path) -> int:
-    """Put the rows that were sent before into the log, and return how many they are."""
-    text = count_file.read_text(errors="replace") if count_file.exists() else "0"
-    if not (text.isascii() and text.isdigit() and len(text) < 16):
+class Rows(WebSocketServer):
+    """A client of the rows."""
+
+    def prepare(self) -> None:
+        try:
+            super().prepare()
+        except HTTPError as error:
+            if error.status_code == 400:
+                error.reason = f"{error.reason}; if the count file was deleted, wait for your row"
+            raise
+
+
+def load(stream: Stream, rows: Iterator[Any], count_file: Path) -> int:
+    """Put the rows into the stream that were sent before, and return how many they are."""
+    text = count_file.read_text() if count_file.exists() else "0"
+    if not text.isdecimal():
         raise ValueError(f"{count_file} must hold a count, not {text!r:.80}")
-    while chunk := list(islice(rows, min(int(text) - Rows.end, 1_000))):
-        Rows.send_message(chunk)
-    if Rows.end < int(text):
-        raise ValueError(f"{text} rows were sent, but there are only {Rows.end} now")
-    return Rows.end
+    count = int(text)
+    sent = list(itertools.islice(rows, count))
+    if len(sent) < count:
+        raise ValueError(f"{count} rows were sent, but there are only {len(sent)} now")
+    stream.append(sent)
+    return count
 
 
-async def play(rows: Iterator[float | None], count_file: Path, interval: float) -> None:
+async def play(rows: Iterator[Any], count: int, count_file: Path, interval: float) -> None:
     """Send one row after the other, an interval in seconds apart."""
     new = count_file.with_name(count_file.name + ".new")
-    for row in rows:
-        new.write_text(str(Rows.end + 1))
-        os.replace(new, count_file)  # first: no client may know more than the next run
-        Rows.send_message([row])
+    for number, sample in enumerate(rows, count + 1):
         await asyncio.sleep(interval)
+        new.write_text(str(number))
+        os.replace(new, count_file)  # first: no client may know more than the next run
+        Rows.send_message([sample])
 
 
 async def main() -> None:
@@ -78,23 +113,21 @@ async def main() -> None:
     parser.add_argument("--port", type=int, default=8765, help="0 takes a free one (%(default)s)")
     parser.add_argument("--interval", type=int, default=100, help="in milliseconds (%(default)s)")
     options = parser.parse_args()
-    problem: BaseException | None = None
-    try:
-        if options.interval < 1:
-            raise ValueError("interval must be at least 1")
-        # Other bytes are replaced: they spoil a row, and not all that is read at once.
-        with options.file.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
-            rows = read(lines, options.column)
-            Rows.epoch = options.file.name  # the whole path would tell clients about this machine
-            count_file = options.file.with_name(options.file.name + ".count")
-            load(rows, count_file)
-            async with asyncio.TaskGroup() as group:
-                group.create_task(play(rows, count_file, options.interval / 1000))
-                await serve(make_app(Rows), options.port)
-    except* (OSError, ValueError, csv.Error) as errors:
-        problem = errors.exceptions[0]
-    if problem:  # here, since an exit inside of except* would be put into a group as well
-        parser.exit(1 if isinstance(problem, OSError) else 2, f"{parser.prog}: error: {problem}\n")
+    count_file = options.file.with_name(options.file.name + ".count")
+    # Bytes that are not UTF-8 are replaced: they spoil a row, and not all that is read at once.
+    with options.file.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
+        async with asyncio.TaskGroup() as group:  # an exception in `play` ends the program, too
+            try:
+                if options.interval < 1:
+                    raise ValueError("interval must be at least 1")
+                rows = read(lines, options.column)
+                app = make_app(Rows)
+                Rows.stream.epoch = hashlib.sha256(os.fsencode(options.file.name)).hexdigest()[:8]
+                count = load(Rows.stream, rows, count_file)
+                group.create_task(play(rows, count, count_file, options.interval / 1000))
+                await serve(app, options.port)
+            except ValueError as error:
+                parser.error(str(error))
 
 
 if __name__ == "__main__":

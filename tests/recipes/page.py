@@ -1,11 +1,10 @@
 """Serve the stream, and a page that shows its posterior to people who install nothing.
 
-Run it, and open http://localhost:8765/. Another port is `--port 9000`, and Ctrl-C ends it:
-
     python -m tests.recipes.page
 
-It needs only Tornado, and page.html and stream.js beside it. page.html is the model: replace its
-script with your own. stream.js follows the stream by the same rule as client.py.
+Open http://localhost:8765/. Ctrl-C ends it. It needs only Tornado, and page.html and stream.js
+beside it. page.html is the model: replace its script with your own. stream.js follows the stream by
+the same rule as client.py.
 
 Behind a proxy, the page works under any path, since all its addresses are relative. For nginx:
 
@@ -33,26 +32,32 @@ until the browser gives the connection up.
 import argparse
 from pathlib import Path
 
-from tornado import ioloop, web
+from tornado.ioloop import PeriodicCallback
+from tornado.web import Application, StaticFileHandler
 
 from server import RandomBernoulli, WebSocketServer, make_app, run, serve
 
 HERE = Path(__file__).parent
 
 
-async def main() -> None:
-    """Sample and serve until cancelled."""
-    parser = argparse.ArgumentParser(description="Serve the stream and its page.")
-    parser.add_argument("--port", type=int, default=8765, help="0 takes a free one (%(default)s)")
+def make_page_app() -> Application:
+    """Make a stream, and the application that serves it and the page. Call it in a coroutine."""
     app = make_app()
     files = {"path": HERE, "default_filename": "page.html"}
-    app.add_handlers(".*", [(r"/(|stream\.js)", web.StaticFileHandler, files)])
-    coin = RandomBernoulli(0.72)
-    toss = lambda: WebSocketServer.send_message([coin.sample()])
+    app.add_handlers(".*", [(r"/(|stream\.js)", StaticFileHandler, files)])
+    return app
+
+
+async def main() -> None:
+    """Toss the coin and serve, until cancelled."""
+    parser = argparse.ArgumentParser(description="Serve the stream and its page.")
+    parser.add_argument("--port", type=int, default=8765, help="0 takes a free one (%(default)s)")
+    options = parser.parse_args()
+    coin, app = RandomBernoulli(0.72), make_page_app()
+    PeriodicCallback(lambda: WebSocketServer.send_message([coin.sample()]), 100).start()
     try:
-        ioloop.PeriodicCallback(toss, 100).start()
-        await serve(app, parser.parse_args().port)
-    except (OSError, ValueError) as error:
+        await serve(app, options.port)
+    except ValueError as error:
         parser.error(str(error))
 
 

@@ -1,58 +1,71 @@
-"""Pass it on: the posterior of one stream as a stream at port 8766, and as a page for people.
+"""Pass it on: follow one stream, and serve what you make of it as another one, and as a page.
 
-    python -m tests.recipes.relay --url ws://localhost:8765/websocket
+    python server.py
+    python -m tests.recipes.relay --url ws://localhost:8765/websocket --port 8766
 
-You want it when others need your result rather than the samples. The page is at
-http://localhost:8766/. A sample of the new stream, {"trials": 3, "mean": 0.6, "sd": 0.2}, is sent
-whenever the posterior changes. Ctrl-C ends it. It needs only Tornado. Its limit: the counts are in
-memory. Started again, the relay begins a new epoch with what the history of the first server still
-holds.
+You want it when others need your result rather than the samples. Whenever the posterior changes, it
+is sent as a sample of the new stream, ws://localhost:8766/websocket:
+
+    {"trials": 3, "mean": 0.6, "sd": 0.2}
+
+http://localhost:8766/ shows it to people. Ctrl-C ends the program. It needs only Tornado. To relay
+something else, replace `summary`; to relay the samples themselves, send `samples`.
+
+Its limit: the counts are in memory. Started again, the relay begins a new epoch with what the
+history of the first server still holds.
 """
 
 import argparse
 import asyncio
 from typing import Any
 
-from tornado import web
+from tornado.web import RequestHandler
 
 from client import BetaBinomial, WebSocketClient
 from server import WebSocketServer, make_app, run, serve
 
 
-def summary(posterior: BetaBinomial) -> dict[str, Any]:
+def summary(posterior: BetaBinomial) -> Any:
     """Make what is sent of a posterior."""
     trials = posterior.alpha + posterior.beta - 2  # the flat prior has 1 of each
     return {"trials": trials, "mean": posterior.mean, "sd": posterior.sd}
 
 
 class Relay(WebSocketClient):
+    """A client of the first stream, which feeds the second one."""
+
     def on_message(self, samples: list[Any]) -> None:
         posterior = self.posterior.update(samples)
         WebSocketServer.send_message([summary(posterior)])
         self.posterior = posterior  # last: after an exception the same samples come again
 
 
-class Page(web.RequestHandler):
+class Page(RequestHandler):
+    """What client.py prints, for a browser."""
+
     def initialize(self, relay: Relay) -> None:
         self.relay = relay
 
     def get(self) -> None:
         self.set_header("Refresh", "1")  # second, until the browser asks again
-        self.write(str(self.relay.posterior))
+        self.write(f"<pre>{self.relay}</pre>")
 
 
 async def main() -> None:
+    """Follow and serve, until cancelled."""
     parser = argparse.ArgumentParser(description="Serve the posterior of a stream.")
     parser.add_argument("--url", default="ws://localhost:8765/websocket", help="%(default)s")
-    try:
-        relay = Relay(parser.parse_args().url)
-    except ValueError as error:
-        parser.error(str(error))
-    app = make_app()
-    app.add_handlers(".*", [("/", Page, {"relay": relay})])
+    parser.add_argument("--port", type=int, default=8766, help="0 takes a free one (%(default)s)")
+    options = parser.parse_args()
     async with asyncio.TaskGroup() as group:
-        group.create_task(relay.run())
-        await serve(app, 8766)
+        try:
+            relay = Relay(options.url)
+            app = make_app()
+            app.add_handlers(".*", [("/", Page, {"relay": relay})])
+            group.create_task(relay.run())
+            await serve(app, options.port)
+        except ValueError as error:
+            parser.error(str(error))
 
 
 if __name__ == "__main__":

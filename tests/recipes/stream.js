@@ -1,74 +1,90 @@
-// Follow a stream by the rule of client.py, over a WebSocket or as Server-Sent Events.
-// The page has onSamples(samples), and onState(text, live), where text is for people.
-let epoch, position = 0, missed = 0, limit = 3; // seconds, of the wait for the next try
+// Follows a stream by the rule of client.py, over a WebSocket or as Server-Sent Events:
+//
+//     const client = new StreamClient();
+//     client.onSamples = (samples) => { ... };
+//     client.follow("websocket", WebSocket); // or ("events", EventSource)
+//
+// The addresses are relative to the page. StreamClient is the only name that this file defines.
+class StreamClient {
+  epoch = null; // which run of the stream the position belongs to
+  position = 0; // the number of the next sample
+  missed = 0; // samples that had left the server's history before they could come
+  retryDelay = 3; // seconds, at most, of the first wait; each may be twice as long, up to 30 s
 
-function take({data}) {
-  const message = JSON.parse(data), {offset, samples} = message;
-  if (typeof message.epoch !== "string" || !(offset >= 0) || !Array.isArray(samples)) {
-    throw new TypeError(`cannot understand ${data.slice(0, 80)}`);
+  // Replace this by a function that takes the next samples. epoch, position and missed already say
+  // where the stream goes on after them. If it throws, the same samples come again.
+  onSamples(samples) {}
+
+  // Replace this to show the state: the text is for people, and live is true or false.
+  onState(text, live) {}
+
+  // Connect, take messages, wait, and try again: exponential backoff with full jitter.
+  async follow(address, Connection) {
+    let limit = this.retryDelay;
+    while (true) {
+      const {epoch, position} = this;
+      const url = new URL(address, document.baseURI);
+      if (Connection === WebSocket) url.protocol = url.protocol.replace("http", "ws");
+      if (epoch !== null) {
+        url.searchParams.set("epoch", epoch);
+        url.searchParams.set("offset", position);
+      }
+      this.onState("connecting", false);
+      const reason = await this.listen(new Connection(url));
+      if (this.epoch !== epoch || this.position !== position) limit = this.retryDelay;
+      const wait = Math.random() * Math.min(limit, 30); // or all pages come back at once
+      limit = Math.min(2 * limit, 30);
+      this.onState(`${reason}; next try in ${wait.toFixed(1)} s`, false);
+      await new Promise((resolve) => setTimeout(resolve, 1000 * wait));
+    }
   }
-  let start = position; // a new epoch starts at 0, but the first one ever where its message does
-  if (message.epoch !== epoch) start = epoch === undefined ? offset : 0;
-  const gap = Math.max(0, offset - start);
-  const fresh = samples.slice(Math.max(0, start - offset)); // those before were counted already
-  if (fresh.length) onSamples(fresh);
-  [epoch, position] = [message.epoch, start + gap + fresh.length]; // not before it has counted
-  [missed, limit] = [missed + gap, 3];
-  onState("live", true);
-}
 
-// The address is relative to the page, so that it is right behind a proxy, too.
-function address(name) {
-  const url = new URL(name, location);
-  if (epoch !== undefined) url.search = new URLSearchParams({epoch, offset: position});
-  return url;
-}
+  // Take messages until the connection ends, and return why it has ended.
+  listen(connection) {
+    return new Promise((resolve) => {
+      function end(reason) {
+        connection.onmessage = null; // nothing may be taken after what could not be
+        connection.close();
+        resolve(reason); // only the first reason counts
+      }
+      connection.onopen = () => this.onState("live", true);
+      connection.onmessage = (event) => {
+        try {
+          this.take(event.data);
+        } catch (error) {
+          console.error(error);
+          end(String(error));
+        }
+      };
+      connection.onerror = () => end("connection lost");
+      connection.onclose = (event) => { // of a WebSocket
+        end(event.reason ? `closed by server: ${event.reason}` : "connection lost");
+      };
+    });
+  }
 
-// Exponential backoff with full jitter: not all pages come back at once.
-function again(connect, reason) {
-  const due = Date.now() + Math.random() * limit * 1e3;
-  limit = Math.min(2 * limit, 30);
-  (function count() {
-    const seconds = Math.ceil((due - Date.now()) / 1e3);
-    if (seconds <= 0) return connect();
-    onState(`reconnecting in ${seconds} s${reason}`, false);
-    setTimeout(count, due - Date.now() - (seconds - 1) * 1e3);
-  })();
-}
-
-function follow() {
-  const url = address("websocket");
-  url.protocol = url.protocol.replace("http", "ws");
-  const socket = new WebSocket(url);
-  let reason = "";
-  onState("connecting", false);
-  socket.onmessage = (event) => {
-    if (reason) return; // nothing may be counted after what could not be
-    try {
-      take(event);
-    } catch (error) { // nothing was counted: the next connection asks for it again
-      console.error(error);
-      reason = `: ${error}`;
-      socket.close();
+  // Move to where a message begins, and hand over what is new in it.
+  take(text) {
+    const {epoch, offset, samples} = JSON.parse(text);
+    if (typeof epoch !== "string" || !(offset >= 0) || !Array.isArray(samples)) {
+      throw new TypeError(`cannot understand ${text.slice(0, 80)}`);
     }
-  };
-  socket.onclose = (event) => again(follow, reason || (event.reason && `: ${event.reason}`));
-}
-
-function followEvents() {
-  const source = new EventSource(address("events"));
-  onState("connecting", false);
-  source.onmessage = (event) => {
+    if (this.epoch === null) this.position = offset; // what came before is not missed
+    else if (this.epoch !== epoch) this.position = 0; // a new run of the stream
+    this.epoch = epoch;
+    if (offset > this.position) {
+      this.missed += offset - this.position;
+      this.position = offset;
+    }
+    const first = this.position;
+    const fresh = samples.slice(first - offset); // those before were taken already
+    if (fresh.length === 0) return;
+    this.position += fresh.length;
     try {
-      take(event);
+      this.onSamples(fresh);
     } catch (error) {
-      console.error(error);
-      source.close();
-      again(followEvents, `: ${error}`);
+      this.position = first;
+      throw error;
     }
-  };
-  source.onerror = () => { // the browser comes back by itself, but not after a 502 or a 503
-    if (source.readyState === EventSource.CLOSED) again(followEvents, "");
-    else onState("reconnecting", false);
-  };
+  }
 }

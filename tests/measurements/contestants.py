@@ -1,6 +1,6 @@
 """The contestants: what serves samples, and what receives them, written with each library.
 
-To add a library, write one or both functions and a row of CONTESTANTS. Measuring is elsewhere.
+To add a library, write one or both functions, and a row of CONTESTANTS.
 """
 
 import asyncio
@@ -19,31 +19,51 @@ from tornado.websocket import WebSocketHandler, websocket_connect
 
 from client import WebSocketClient
 from server import WebSocketServer, make_app
-from tests.recipes.fast_lane import FastLane, frame
+from tests.recipes.fast_lane import make_fast_app
 
 Send = Callable[[list[Any]], Awaitable[None] | None]
-Serving = tuple[int, Send]
 Take = Callable[[list[Any]], None]
+
+
+class Contestant(NamedTuple):
+    """How to serve, and how to receive; None if a library has no such side."""
+
+    serve: Callable[[bool, int], Coroutine[Any, Any, tuple[int, Send]]] | None
+    receive: Callable[[str, Take], Coroutine[Any, Any, None]] | None
+    modules: tuple[str, ...] = ("tornado",)
 
 
 # Serving, with pings or without, at a port or a free one, 0: each returns the port, and a function
 # that sends samples to every client. Its process is killed, so there is nothing to end.
 
 
-class Log:
-    """The same numbered messages as ours, for the contestants that have no log of their own."""
-
-    def __init__(self) -> None:
-        self.epoch, self.end = secrets.token_hex(4), 0
-
-    def message(self, samples: list[Any]) -> str:
-        """Encode the samples, and count them."""
-        offset, self.end = self.end, self.end + len(samples)
-        return json.dumps({"epoch": self.epoch, "offset": offset, "samples": samples})
-
-
 clients: set[Any] = set()  # of the one contestant that a process serves
-log = Log()
+epoch, end = secrets.token_hex(4), 0
+
+
+def encode(samples: list[Any]) -> str:
+    """Write the next message, the same as ours, for those who have no log of their own."""
+    global end
+    message = json.dumps({"epoch": epoch, "offset": end, "samples": samples})
+    end += len(samples)
+    return message
+
+
+def listen(application: Application, pings: bool, port: int) -> int:
+    """Serve an application with Tornado, and return its port."""
+    application.settings["websocket_ping_interval"] = 10 if pings else 0
+    sockets = bind_sockets(port, "127.0.0.1", family=socket.AF_INET)
+    HTTPServer(application).add_sockets(sockets)
+    return int(sockets[0].getsockname()[1])
+
+
+async def serve_ours(
+    pings: bool, port: int, make: Callable[[], Application] = make_app
+) -> tuple[int, Send]:
+    # As server.run does. It is part of the pair; the other contestants run as people run them.
+    asyncio.get_running_loop().set_task_factory(getattr(asyncio, "eager_task_factory", None))
+    WebSocketServer.max_clients = 100_000
+    return listen(make(), pings, port), WebSocketServer.send_message
 
 
 class Handler(WebSocketHandler):
@@ -57,41 +77,16 @@ class Handler(WebSocketHandler):
         clients.discard(self)
 
 
-def tornado_port(application: Application, pings: bool, port: int) -> int:
-    """Serve an application and return its port."""
-    application.settings["websocket_ping_interval"] = 10 if pings else 0
-    sockets = bind_sockets(port, "127.0.0.1", family=socket.AF_INET)
-    HTTPServer(application).add_sockets(sockets)
-    return int(sockets[0].getsockname()[1])
-
-
-async def ours(pings: bool, port: int, handler: type[WebSocketServer] = WebSocketServer) -> Serving:
-    handler.max_clients = 100_000
-    return tornado_port(make_app(handler), pings, port), handler.send_message
-
-
-async def plain_loop(pings: bool, port: int) -> Serving:
+async def serve_tornado(pings: bool, port: int) -> tuple[int, Send]:
     def send(samples: list[Any]) -> None:
-        message = log.message(samples)
+        message = encode(samples)
         for client in clients:
             client.write_message(message)
 
-    return tornado_port(Application([("/websocket", Handler)]), pings, port), send
+    return listen(Application([("/websocket", Handler)]), pings, port), send
 
 
-async def bare_socket(pings: bool, port: int) -> Serving:
-    def send(samples: list[Any]) -> None:
-        data = frame(log.message(samples).encode())
-        if len(sockets) < len(clients):  # all have come by now
-            sockets.extend(client.ws_connection.stream.socket for client in clients)
-        for client in sockets:
-            client.send(data)
-
-    sockets: list[socket.socket] = []
-    return tornado_port(Application([("/websocket", Handler)]), pings, port), send
-
-
-async def websockets_broadcast(pings: bool, port: int) -> Serving:
+async def serve_websockets(pings: bool, port: int) -> tuple[int, Send]:
     from websockets.asyncio.server import ServerConnection, broadcast, serve
 
     async def handler(websocket: ServerConnection) -> None:
@@ -100,11 +95,11 @@ async def websockets_broadcast(pings: bool, port: int) -> Serving:
         clients.remove(websocket)
 
     server = await serve(handler, "127.0.0.1", port, ping_interval=20 if pings else None)
-    send = lambda samples: broadcast(clients, log.message(samples))
+    send = lambda samples: broadcast(clients, encode(samples))
     return next(iter(server.sockets)).getsockname()[1], send
 
 
-async def aiohttp_loop(pings: bool, port: int) -> Serving:
+async def serve_aiohttp(pings: bool, port: int) -> tuple[int, Send]:
     from aiohttp import web
 
     async def handler(request: web.Request) -> web.WebSocketResponse:
@@ -117,7 +112,7 @@ async def aiohttp_loop(pings: bool, port: int) -> Serving:
         return websocket
 
     async def send(samples: list[Any]) -> None:
-        message = log.message(samples)
+        message = encode(samples)
         for websocket in tuple(clients):
             await websocket.send_str(message)
 
@@ -129,27 +124,7 @@ async def aiohttp_loop(pings: bool, port: int) -> Serving:
     return runner.addresses[0][1], send
 
 
-async def picows_loop(pings: bool, port: int) -> Serving:
-    from picows import WSListener, WSMsgType, WSTransport, ws_create_server
-
-    class Listener(WSListener):
-        def on_ws_connected(self, transport: WSTransport) -> None:
-            clients.add(transport)
-
-        def on_ws_disconnected(self, transport: WSTransport) -> None:
-            clients.discard(transport)
-
-    def send(samples: list[Any]) -> None:
-        message = log.message(samples).encode()
-        for transport in clients:
-            transport.send(WSMsgType.TEXT, message)
-
-    make = lambda request: Listener()
-    server = await ws_create_server(make, "127.0.0.1", port, enable_auto_ping=pings)
-    return server.sockets[0].getsockname()[1], send
-
-
-async def starlette_loop(pings: bool, port: int) -> Serving:
+async def serve_starlette(pings: bool, port: int) -> tuple[int, Send]:
     import uvicorn
     from starlette.applications import Starlette
     from starlette.routing import WebSocketRoute
@@ -163,7 +138,7 @@ async def starlette_loop(pings: bool, port: int) -> Serving:
         clients.remove(websocket)
 
     async def send(samples: list[Any]) -> None:
-        message = log.message(samples)
+        message = encode(samples)
         for websocket in tuple(clients):
             await websocket.send_text(message)
 
@@ -183,6 +158,14 @@ async def starlette_loop(pings: bool, port: int) -> Serving:
 async def receive_ours(url: str, take: Take) -> None:
     class Client(WebSocketClient):
         def on_message(self, samples: list[Any]) -> None:
+            take(samples)
+
+    await Client(url).run()
+
+
+async def receive_async(url: str, take: Take) -> None:
+    class Client(WebSocketClient):
+        async def on_message(self, samples: list[Any]) -> None:
             take(samples)
 
     await Client(url).run()
@@ -219,34 +202,13 @@ async def receive_aiohttp(url: str, take: Take) -> None:
             take(json.loads(message.data)["samples"])
 
 
-async def receive_picows(url: str, take: Take) -> None:
-    from picows import WSFrame, WSListener, WSMsgType, WSTransport, ws_connect
-
-    class Listener(WSListener):
-        def on_ws_frame(self, transport: WSTransport, frame: WSFrame) -> None:
-            if frame.msg_type == WSMsgType.TEXT:
-                take(json.loads(frame.get_payload_as_utf8_text())["samples"])
-
-    transport, _ = await ws_connect(Listener, url)
-    await transport.wait_disconnected()
-
-
-class Contestant(NamedTuple):
-    """What a library offers; None where it has no such side, and is measured with our client."""
-
-    serve: Callable[[bool, int], Coroutine[Any, Any, Serving]] | None
-    receive: Callable[[str, Take], Coroutine[Any, Any, None]] | None
-    modules: tuple[str, ...] = ("tornado",)
-
-
 CONTESTANTS = {
-    "ours": Contestant(ours, receive_ours),
-    "fast lane": Contestant(partial(ours, handler=FastLane), None),
-    "plain Tornado": Contestant(plain_loop, receive_tornado),
-    "websockets": Contestant(websockets_broadcast, receive_websockets, ("websockets",)),
+    "ours": Contestant(serve_ours, receive_ours),
+    "ours, async def on_message": Contestant(None, receive_async),
+    "fast lane": Contestant(partial(serve_ours, make=make_fast_app), None),
+    "plain Tornado": Contestant(serve_tornado, receive_tornado),
+    "websockets": Contestant(serve_websockets, receive_websockets, ("websockets",)),
     "websocket-client": Contestant(None, receive_websocket_client, ("websocket",)),
-    "aiohttp": Contestant(aiohttp_loop, receive_aiohttp, ("aiohttp",)),
-    "picows": Contestant(picows_loop, receive_picows, ("picows",)),
-    "starlette": Contestant(starlette_loop, None, ("starlette", "uvicorn")),
-    "bare socket": Contestant(bare_socket, None),
+    "aiohttp": Contestant(serve_aiohttp, receive_aiohttp, ("aiohttp",)),
+    "starlette": Contestant(serve_starlette, None, ("starlette", "uvicorn")),
 }

@@ -1,0 +1,1 @@
+"""Programs that measure the pair: they print tables, and test nothing."""

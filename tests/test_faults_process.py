@@ -1,0 +1,179 @@
+"""Processes that end, starve or run out of something, and peers that fall silent.
+
+SEED repeats a failure; LONG_TESTS=1 takes the full time.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import tempfile
+import unittest
+from collections.abc import Coroutine
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tornado.iostream import StreamClosedError
+
+from server import WebSocketServer
+from tests import scenarios
+from tests.faults import answer, raw_client, request
+from tests.measurements.faults import memory, never_reading
+from tests.scenarios import LONG, FaultCase, have, number_server, scene, url_at
+from tests.support import PATIENCE, Recorder, following, free_port, running, until, url_of
+from tests.test_client import hurried
+
+HERE = "--address", "127.0.0.1"
+needs_proc = unittest.skipUnless(sys.platform == "linux", "reads /proc, which only Linux has")
+needs_posix = unittest.skipIf(os.name == "nt", "Windows has no such signals and limits")
+
+
+@needs_posix
+class RestartTests(FaultCase):
+    """Servers that end and come back, with clients that follow every run."""
+
+    async def test_restarts(self) -> None:
+        """Of each run, a client has every number up to the last that it has got."""
+        signals = (signal.SIGKILL, signal.SIGTERM) * (5 if LONG else 1)
+        self.assert_each_once(await scenarios.restarts(scenarios.OURS, *signals, clients=20))
+
+    async def test_positive_control(self) -> None:
+        """With a server that loses numbers on purpose, it shows."""
+        losing = scenarios.Pair(scenarios.LosingServer)
+        count = await scenarios.restarts(losing, signal.SIGKILL)
+        self.assertRaises(AssertionError, self.assert_each_once, count)
+
+
+class SilenceTests(FaultCase):
+    """Peers that fall silent are given up after 10 to 25 s, here on a clock that runs faster."""
+
+    def run_faster(self, program: Coroutine[Any, Any, None]) -> None:
+        with asyncio.Runner(loop_factory=partial(hurried, 20)) as runner:
+            runner.run(program)
+
+    def test_silent_client(self) -> None:
+        """A server drops who sends no request, half a head, half a body, or answers no ping."""
+        head, body = request()[:-2], request("Content-Length: 9999", method="POST")
+        for data, one_a_second in ((b"", b""), (head, b"x"), (body, b"x"), (request(), b"")):
+            with self.subTest(data):
+                self.run_faster(self.dropped(data, one_a_second))
+
+    async def dropped(self, data: bytes, one_a_second: bytes) -> None:
+        """Send this, then perhaps a byte a second, until the server closes the connection."""
+        async with asyncio.timeout(20 * PATIENCE), scene() as here:
+            async with raw_client(here.url, data) as peer:
+                end = asyncio.ensure_future(peer.read_until_close())
+                while not end.done():
+                    here.send(1)
+                    with contextlib.suppress(StreamClosedError):
+                        await peer.write(one_a_second)
+                    await asyncio.sleep(1)
+            self.assert_each_once(await here.count())
+
+    def test_half_an_answer(self) -> None:
+        """A server that answers half, and is silent then, is given up and tried again."""
+
+        async def follow() -> None:
+            loop = asyncio.get_running_loop()
+            with socket.create_server(("127.0.0.1", 0)) as listener:
+                listener.setblocking(False)
+                async with following(Recorder(url_at(listener.getsockname()[1]))):
+                    for _ in range(2):
+                        peer = self.enterContext((await loop.sock_accept(listener))[0])
+                        await loop.sock_sendall(peer, b"HTTP/1.1 101 Switching Prot")
+
+        self.run_faster(follow())
+
+
+class ResourceTests(FaultCase):
+    """What runs short: open files, memory, the processor, and time itself."""
+
+    @needs_posix
+    async def test_open_files(self) -> None:
+        """1,024 are enough for 900 clients and 110 who say nothing; the 901st client gets 503."""
+        import resource  # which Windows does not have
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # of this process, the clients'
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        limited = "/bin/sh", "-c", 'ulimit -n 1024; exec "$@"', "sh", sys.executable, "server.py"
+        url = url_at(port := free_port())
+        clients = [Recorder(url) for _ in range(900)]
+        log = self.enterContext(tempfile.TemporaryFile("w+"))
+        with running(*limited, *HERE, "--port", str(port), python=False, stderr=log):
+            async with following(*clients), contextlib.AsyncExitStack() as silent:
+                await until(lambda: all(client.position for client in clients))
+                for _ in range(110):
+                    await silent.enter_async_context(raw_client(url, b""))
+                self.assertEqual(await answer(url, request()), "503")
+                goal = clients[0].position + 10
+                await until(lambda: all(client.position >= goal for client in clients))
+        log.seek(0)
+        self.assertNotIn("Traceback", log.read())  # a server without free files spins with it
+        for client in clients:
+            self.assertEqual((len(client.samples), client.missed), (client.position, 0))
+            self.assertEqual(client.samples[:goal], clients[0].samples[:goal])
+
+    @needs_proc
+    async def test_never_reading(self) -> None:
+        """Ten peers that never read make the server no bigger, and cost another nothing."""
+        seconds, batch = (30, 100) if LONG else (1, 500)
+        count, growth = await never_reading(seconds=seconds, batch=batch)
+        self.assert_each_once(count)
+        self.assertLess(growth, 5)
+
+    @needs_proc
+    async def test_connections_made_and_dropped(self) -> None:
+        """They leave no descriptor open, and 26,000 of them at most 4 MB of memory."""
+
+        async def visit() -> None:
+            async with raw_client(control.url, request()) as peer:
+                await peer.read_until(b"\r\n\r\n")
+
+        port, sizes = free_port(), []
+        with number_server(WebSocketServer, port) as process:
+            files = Path(f"/proc/{process.pid}/fd")
+            async with following(control := Recorder(url_at(port))):
+                await have(0, control)
+                before = len([*files.iterdir()])
+                for number in (3_000, 26_000) if LONG else (200, 300):
+                    for _ in range(number // 50):
+                        await asyncio.gather(*(visit() for _ in range(50)))
+                    await until(lambda: len([*files.iterdir()]) == before)
+                    sizes.append(memory(process))
+        self.assertLess(sizes[1], sizes[0] + 4)  # the first are what the heap needs
+
+    async def toss(self, fault: str) -> None:
+        """Follow server.py while its source, which counts, does this at each number n."""
+        code = f"""if True:
+            import itertools, time, server
+            numbers, now = itertools.count(), time.time
+            def sample(self):
+                n = next(numbers)
+                {fault}
+                return n
+            server.RandomBernoulli.sample = sample
+            server.run(server.main())"""
+        with running("-c", code, *HERE, "--port", "0", "--interval", "10") as process:
+            async with following(client := Recorder(await asyncio.to_thread(url_of, process))):
+                await have(80, client)
+        self.assertEqual((client.samples, client.missed), ([*range(client.position)], 0))
+
+    async def test_slow_source(self) -> None:
+        """A source that is slower than its interval skips turns, and no number."""
+        await self.toss("time.sleep(0.03)")
+
+    async def test_clock_that_steps(self) -> None:
+        """A clock that is set back, and then an hour forward, costs no number."""
+        back = 5 if LONG else 0.5  # for as long, nothing may come
+        await self.toss(f"time.time = lambda: now() - {back} * (n > 30) + 3600 * (n > 60)")
+
+    async def test_busy_processor(self) -> None:
+        """A server that gets little of the processor skips turns, and no number."""
+        with contextlib.ExitStack() as others:
+            for _ in range(1 + (os.cpu_count() or 1)):
+                others.enter_context(running("-c", "while True: pass"))
+            await self.toss("pass")

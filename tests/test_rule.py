@@ -1,0 +1,390 @@
+"""The posterior, the messages, the client's rule and its waits, all without a network."""
+
+import asyncio
+import json
+import math
+import os
+import random
+import secrets
+import unittest
+from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
+from typing import Any
+from unittest import mock
+
+from tornado.httpclient import HTTPRequest
+
+from client import BetaBinomial, WebSocketClient, parse
+from tests.support import PATIENCE, QuietCase
+
+
+class BetaBinomialTests(unittest.TestCase):
+    def test_known_answer(self) -> None:
+        """A flat prior and 1, 1, 0, 1: Beta(1 + 3, 1 + 1), mean 4/6, variance 4*2 / (6*6*7)."""
+        posterior = BetaBinomial().update([1, 1]).update([0, 1])
+        self.assertEqual(posterior, BetaBinomial(alpha=4, beta=2))
+        self.assertAlmostEqual(posterior.mean, 4 / 6, places=15)
+        self.assertAlmostEqual(posterior.sd, math.sqrt(8 / 252), places=15)
+        self.assertEqual(str(posterior), "Beta(4, 2)  mean 0.6667  sd 0.1782")
+
+    def test_refuses_anything_but_0_and_1(self) -> None:
+        """The ValueError shows what has come, and is short."""
+        bad: list[Any] = [2, -1, 0.5, "1", None, [1], {}, math.nan]
+        for sample in bad:
+            with self.subTest(sample=sample), self.assertRaises(ValueError) as raised:
+                BetaBinomial().update([1, sample, 0] * 1_000)
+            self.assertIn(f"[1, {sample!r}, 0, 1, ", str(raised.exception))
+            self.assertLess(len(str(raised.exception)), 150)
+
+    def test_density(self) -> None:
+        """It is flat for the prior; later it is highest at the share of ones."""
+        self.assertEqual(BetaBinomial().density(12), "█" * 12)
+        for ones, trials in ((0, 9), (9, 9), (3, 4), (720_000, 1_000_000)):
+            picture = BetaBinomial(1 + ones, 1 + trials - ones).density(40)
+            self.assertEqual(picture[min(40 * ones // trials, 39)], "█")
+
+    def test_line_of_a_client(self) -> None:
+        """After a million samples, picture, numbers and `missed` still fit into 80 columns."""
+        client = WebSocketClient("ws://localhost/")
+        client.posterior, client.missed = BetaBinomial(720_001, 280_001), 7
+        numbers = "Beta(720001, 280001)  mean 0.7200  sd 0.0004  missed 7"
+        self.assertEqual(str(client), f"▕{14 * ' '}█{5 * ' '}▏ {numbers}")
+
+
+def message(offset: object, samples: object, epoch: object = "a") -> str:
+    """Return a message of the protocol, or what only looks like one."""
+    return json.dumps({"epoch": epoch, "offset": offset, "samples": samples})
+
+
+class ParseTests(unittest.TestCase):
+    def test_message(self) -> None:
+        """It has an epoch, an offset, and a list of anything."""
+        samples = [1, "a", None, {"price": 1.5}]
+        self.assertEqual(parse(message(7, samples)), ("a", 7, samples))
+
+
+class FakeConnection:
+    """A connection on which these messages have come, and which the server then closes."""
+
+    close_code: int | None = 1001
+    close_reason: str | None = "going away"
+
+    def __init__(self, *messages: str | bytes, stays_open: bool = False) -> None:
+        self.messages = [*messages] if stays_open else [*messages, None]
+
+    def begin(self, arrived: "asyncio.Queue[str | bytes | None]") -> None:
+        self.bring = arrived.put_nowait
+        for one in self.messages:
+            self.bring(one)
+
+    def close(self, code: int) -> None:
+        self.closed_with = code
+        self.bring(None)
+
+
+async def follow(client: WebSocketClient, *connections: FakeConnection) -> None:
+    """Let a client have these connections, one after the other, and then stop it."""
+    left = list(connections)
+
+    async def connect(_: HTTPRequest, arrived: "asyncio.Queue[Any]") -> FakeConnection:
+        if not left:
+            client.stop()
+            await asyncio.Event().wait()  # until it takes effect
+        left[0].begin(arrived)
+        return left.pop(0)
+
+    with mock.patch("client.connect", connect):
+        await client.run()
+
+
+class Recording(WebSocketClient):
+    """A client that keeps each list, where it stood then, and the URLs that it has asked for."""
+
+    def __init__(self) -> None:
+        super().__init__("ws://localhost/", retry_delay=1e-9)
+        self.calls: list[tuple[list[Any], str | None, int, int]] = []
+        self.urls: list[str] = []
+        self.react: Callable[[list[Any]], Any] = lambda samples: None
+
+    @property
+    def place(self) -> tuple[str | None, int, int]:
+        return self.epoch, self.position, self.missed
+
+    def on_message(self, samples: list[Any]) -> Any:
+        self.calls.append(([*samples], *self.place))
+        return self.react(samples)
+
+    def request(self, url: str) -> HTTPRequest:
+        self.urls.append(url)
+        return super().request(url)
+
+
+class RuleCase(QuietCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.client = Recording()
+
+    async def follow(self, *connections: FakeConnection) -> None:
+        """Let the client have these connections, one after the other, and then stop it."""
+        async with asyncio.timeout(PATIENCE):
+            await follow(self.client, *connections)
+
+    async def receive(self, *messages: str | bytes) -> str:
+        """Let the client have one connection with these messages; return its log but for the end."""
+        with self.assertLogs("client", "WARNING") as logs:
+            await self.follow(FakeConnection(*messages))
+        return "\n".join(logs.output[:-1])
+
+
+class RuleTests(RuleCase):
+    async def test_first_message(self) -> None:
+        """It says where the client begins, nothing is missed, and the next one goes on there."""
+        self.assertEqual(await self.receive(message(7, [1, 0]), message(9, [2])), "")
+        self.assertEqual(self.client.calls, [([1, 0, 2], "a", 10, 0)])
+
+    async def test_overlap_and_repeat(self) -> None:
+        """What has come before is skipped, within a connection and after it."""
+        first, again = message(3, [3, 4, 5]), message(4, [4, 5, 6])
+        await self.follow(FakeConnection(first, first, again), FakeConnection(message(6, [6, 7])))
+        self.assertEqual(self.client.calls, [([3, 4, 5, 6], "a", 7, 0), ([7], "a", 8, 0)])
+
+    async def test_offset_that_goes_back(self) -> None:
+        """Nothing is taken twice, nor what was before the first message of all."""
+        await self.receive(message(8, [8, 9]), message(2, [2, 3]), message(6, [6, 7, 8, 9, 10]))
+        self.assertEqual(self.client.calls, [([8, 9, 10], "a", 11, 0)])
+
+    async def test_gap(self) -> None:
+        """What a later offset leaves out is missed, and one line says so; no list has a gap."""
+        log = await self.receive(message(0, [0]), message(9, [9]), message(10, [10]))
+        self.assertEqual(self.client.calls, [([0], "a", 1, 0), ([9, 10], "a", 11, 8)])
+        self.assertRegex(log, "^.*missed 8 .*$")
+
+    async def test_empty_message(self) -> None:
+        """It says where the stream stands, also after a gap, and there is nothing to hand over."""
+        self.assertRegex(await self.receive(message(5, []), message(9, [])), "^.*missed 4 .*$")
+        self.assertEqual((self.client.calls, self.client.place), ([], ("a", 9, 4)))
+
+    async def test_new_epoch(self) -> None:
+        """It begins at 0, nothing more is missed, and one line says where the last run was left."""
+        log = await self.receive(message(0, []), message(30, [1]), message(0, [2], "b"))
+        self.assertEqual(self.client.calls, [([1], "a", 31, 30), ([2], "b", 1, 30)])
+        self.assertRegex(log, "^.*missed 30 .*\n.*began anew.* 31.*$")
+
+    async def test_new_epoch_with_a_later_offset(self) -> None:
+        """Of the new run, all before its first offset is missed; a line for each of the two."""
+        log = await self.receive(message(30, [1]), message(4, [2], "b"))
+        self.assertEqual(self.client.calls, [([1], "a", 31, 0), ([2], "b", 5, 4)])
+        self.assertRegex(log, "^.*began anew.* 31.*\n.*missed 4 .*$")
+
+    async def test_state_that_was_set(self) -> None:
+        """A client goes on from epoch, position, missed and posterior that its program has set."""
+        self.client.epoch, self.client.position, self.client.missed = "a", 2, 7
+        self.client.posterior = BetaBinomial(3, 1)
+        self.client.react = partial(WebSocketClient.on_message, self.client)
+        await self.receive(message(0, [1, 1, 0, 1]))
+        self.assertEqual(self.client.urls[0], "ws://localhost/?epoch=a&offset=2")
+        self.assertEqual(self.client.calls, [([0, 1], "a", 4, 7)])
+        self.assertEqual(self.client.posterior, BetaBinomial(4, 2))
+
+
+class OnMessageTests(RuleCase):
+    """What one call of `on_message` gets, and what it may do with it."""
+
+    async def test_what_came_while_it_was_busy(self) -> None:
+        """All of it is one list, also for an `async def`, which is awaited, and keeps its lists."""
+        connection = FakeConnection(message(0, [0]), stays_open=True)
+        kept = []
+
+        async def react(samples: list[Any]) -> None:
+            for number in 1, 2, 3:
+                await asyncio.sleep(0)
+                connection.bring(message(number, [number]))
+            kept.append(samples)
+            if len(kept) == 2:
+                self.client.stop()
+
+        self.client.react = react
+        await self.follow(connection)
+        self.assertEqual(self.client.calls, [([0], "a", 1, 0), ([1, 2, 3], "a", 4, 0)])
+        self.assertEqual(kept, [[0], [1, 2, 3]])
+
+    async def test_sees_where_the_stream_goes_on(self) -> None:
+        """`epoch`, `position` and `missed` are those after its samples, and before a later gap."""
+        await self.receive(message(3, [3]), message(4, [4]), message(9, [9]), message(2, [2], "b"))
+        calls = [([3, 4], "a", 5, 0), ([9], "a", 10, 4), ([2], "b", 3, 6)]
+        self.assertEqual(self.client.calls, calls)
+
+    async def test_changes_its_list(self) -> None:
+        """Whatever it does to its list, the position is that after all of the samples."""
+        self.client.react = list.clear
+        await self.receive(message(0, [0, 1]), message(5, [5]))
+        self.assertEqual(self.client.calls, [([0, 1], "a", 2, 0), ([5], "a", 6, 3)])
+
+    async def test_takes_a_part(self) -> None:
+        """Who sets the position back and stops has the rest in the next run: it is not missed."""
+
+        def take_two(samples: list[Any]) -> None:
+            self.client.position -= len(samples) - 2
+            self.client.stop()
+
+        self.client.react = take_two
+        await self.follow(FakeConnection(message(0, [0, 1, 2, 3, 4]), message(9, [9])))
+        self.assertEqual(self.client.place, ("a", 2, 0))
+
+    async def test_stop(self) -> None:
+        """No further call comes, though a gap, a new run or nothing more has come behind it."""
+        rest = message(5, [5]), message(0, [0], "b"), message(9, [9], "b")
+        for behind in (rest, rest[1:], ()):
+            self.client = Recording()
+            self.client.react = lambda samples: self.client.stop()
+            await self.follow(FakeConnection(message(0, [0]), *behind))
+            self.assertEqual((len(self.client.calls), self.client.place), (1, ("a", 1, 0)))
+
+    async def test_stop_while_it_awaits(self) -> None:
+        """It is cancelled, and the position goes back, so that the next run has the same samples."""
+
+        async def react(samples: list[Any]) -> None:
+            self.client.stop()
+            await asyncio.Event().wait()
+
+        self.client.react = react
+        await self.follow(FakeConnection(message(3, [3, 4]), stays_open=True))
+        self.assertEqual(self.client.place, ("a", 3, 0))
+
+
+class FailureTests(RuleCase):
+    def fail_once(self, samples: list[Any]) -> None:
+        """Spoil the first list, and raise an exception."""
+        if len(self.client.calls) == 1:
+            samples.clear()
+            raise OSError("a full disk")
+
+    async def fail_later(self, samples: list[Any]) -> None:
+        await asyncio.sleep(0)
+        self.fail_once(samples)
+
+    async def be_cancelled(self, samples: list[Any]) -> None:
+        """Await a task that was cancelled, which is no `stop`."""
+        if len(self.client.calls) == 1:
+            task = asyncio.create_task(asyncio.sleep(0))
+            task.cancel()
+            await task
+
+    async def test_same_samples_again(self) -> None:
+        """They come again, whatever was behind them; the log has the traceback."""
+        news = message(3, [3, 4])
+        followed = FakeConnection(news, message(9, [9]))
+        for first in FakeConnection(news, stays_open=True), FakeConnection(news), followed:
+            for react in self.fail_once, self.fail_later, self.be_cancelled:
+                self.client = Recording()
+                self.client.react = react
+                with self.subTest(react=react), self.assertLogs("client", "WARNING") as logs:
+                    await self.follow(first, FakeConnection(news))
+                self.assertRegex(logs.output[0], "(?s)Traceback .*(a full disk|CancelledError)$")
+                self.assertEqual(self.client.urls[1], "ws://localhost/?epoch=a&offset=3")
+                self.assertEqual(self.client.calls, [([3, 4], "a", 5, 0)] * 2)
+
+    async def test_generator(self) -> None:
+        """An on_message with a `yield`, which would never run, is a TypeError in the log."""
+
+        def generator(samples: list[Any]) -> Iterator[Any]:
+            yield samples
+
+        async def async_generator(samples: list[Any]) -> AsyncIterator[Any]:
+            yield samples
+
+        for react in generator, async_generator:
+            self.client = Recording()
+            self.client.react = react
+            with self.subTest(react=react), self.assertLogs("client", "WARNING") as logs:
+                await self.follow(FakeConnection(message(3, [3])))
+            self.assertRegex(logs.output[0], "(?s)Traceback .*TypeError: ")
+            self.assertEqual(self.client.place, ("a", 3, 0))
+
+
+BAD: list[str | bytes] = [
+    *("x", "", "[]", "{}", "null", "NaN", '"a\nb"', "[" * 100_000, b"\x00\xff"),
+    message(2, [1]).encode(),  # which comes in a binary frame
+    message(2, [1]).replace("2", "9" * 5_000),  # more digits than Python reads
+    *(message(offset, [1]) for offset in ("2", None, True, 1.5, math.nan, -1)),
+    *(message(2, samples) for samples in ("1", {"0": 1}, None, 1)),
+    *(message(2, [1], epoch) for epoch in (1, None, ["a"])),
+    '{"epoch": "a", "offset": 2}',
+]
+
+
+class ConnectionTests(RuleCase):
+    async def test_message_that_cannot_be_understood(self) -> None:
+        """One line shows its beginning; nothing is taken of it, and of what came after it."""
+        for bad in BAD:
+            self.client = Recording()
+            with self.subTest(bad=bad[:80]), self.assertLogs("client", "WARNING") as logs:
+                before = message(0, [0]), message(5, [5])
+                await self.follow(FakeConnection(*before, bad, message(6, [6])))
+            self.assertEqual(self.client.calls, [([0], "a", 1, 0), ([5], "a", 6, 4)])
+            self.assertEqual(self.client.place, ("a", 6, 4))
+            _, line = logs.output  # the first one is that of the gap
+            self.assertIn(repr(bad[:20])[:-1], line)
+            self.assertNotIn("\n", line)
+            self.assertLess(len(line), 450)
+
+    async def test_connected(self) -> None:
+        """`connected` is true from the handshake to the end, at which the client says 1000."""
+        seen = [self.client.connected]
+        self.client.react = lambda samples: seen.append(self.client.connected)
+        await self.follow(connection := FakeConnection(message(0, [0])))
+        self.assertEqual([*seen, self.client.connected], [False, True, False])
+        self.assertEqual(connection.closed_with, 1000)
+
+    async def test_reason(self) -> None:
+        """One line has the code and the reason that the server gives, if it gives any."""
+        for code, reason in (1001, "going away"), (None, None):
+            connection = FakeConnection()
+            connection.close_code, connection.close_reason = code, reason
+            with self.assertLogs("client", "WARNING") as logs:
+                await self.follow(connection)
+            self.assertRegex(logs.output[0], f"^.*{code or ''}.*{reason or ''}.*$")
+            self.assertNotIn("None", logs.output[0])
+
+
+class HistoryTests(QuietCase):
+    def test_random_histories(self) -> None:
+        """Whatever 5,000 servers say in whatever order, each count is right."""
+        seed = os.environ.get("SEED") or secrets.token_hex(4)
+        with asyncio.Runner() as runner:
+            for number in range(5_000):
+                with self.subTest(SEED=seed, number=number):
+                    runner.run(self.count(random.Random(f"{seed} {number}")))
+
+    async def count(self, chance: random.Random) -> None:
+        """Let a client have a random history, and count it independently."""
+        connections = []
+        expected: list[tuple[str, int]] = []  # epoch and offset of each sample
+        ends: dict[str, int] = {}  # of each epoch, how far its messages have come
+        epoch, offset = "1", chance.choice((0, 1_000))
+        first = offset
+        for _ in range(chance.randrange(1, 4)):
+            messages: list[str | bytes] = []
+            for _ in range(chance.randrange(1, 9)):
+                numbers = range(offset, offset + chance.choice((0, 1, 1, 2, 5, 30)))
+                messages.append(message(offset, [*numbers], epoch))
+                expected += [(epoch, number) for number in numbers if number >= ends.get(epoch, 0)]
+                ends[epoch] = max(numbers.stop, ends.get(epoch, 0))
+                offset = numbers.stop
+                if chance.random() < 0.4:
+                    offset = max(0, offset + chance.randrange(-40, 40))
+                if chance.random() < 0.1:
+                    epoch, offset = str(len(ends) + 1), chance.choice((0, 0, 3, 40))
+            if chance.random() < 0.2:
+                messages += ["nonsense", message(5_000, [5_000], "6")]
+            connections.append(FakeConnection(*messages))
+        client = Recording()
+        await follow(client, *connections)
+        seen = []
+        for samples, seen_epoch, position, _ in client.calls:
+            self.assertEqual(samples, [*range(position - len(samples), position)])
+            seen += [(seen_epoch, sample) for sample in samples]
+        self.assertEqual(seen, expected)
+        *_, (last, end) = ends.items()
+        missed = sum(ends.values()) - first - len(expected)
+        self.assertEqual((client.epoch, client.position, client.missed), (last, end, missed))

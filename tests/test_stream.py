@@ -1,0 +1,232 @@
+"""The source, and the stream as a log that is appended to and read: without a network."""
+
+import asyncio
+import json
+import math
+import random
+import unittest
+from typing import Any
+from unittest import mock
+
+from server import RandomBernoulli, Stream
+from tests.support import QuietCase
+
+
+class RandomBernoulliTests(unittest.TestCase):
+    def test_refuses_what_is_no_probability(self) -> None:
+        """A p outside 0..1, or nan, is a ValueError that names it."""
+        for p in (-0.1, 1.1, math.nan, math.inf, -math.inf):
+            with self.subTest(p=p), self.assertRaisesRegex(ValueError, str(p)):
+                RandomBernoulli(p)
+
+    def test_shows_1_with_probability_p(self) -> None:
+        """The share of 1s is within six standard deviations of p."""
+        coin, n = RandomBernoulli(0.72), 100_000
+        ones = sum(coin.sample() for _ in range(n))
+        self.assertLess(abs(ones - n * 0.72), 6 * math.sqrt(n * 0.72 * 0.28))
+
+    def test_is_certain_at_0_and_at_1(self) -> None:
+        """With p = 0 it never shows 1, and with p = 1 always, whatever the random number is."""
+        for number in (0.0, math.nextafter(1, 0)):  # the ends of what random.random() returns
+            with mock.patch("random.random", return_value=number):
+                self.assertEqual([RandomBernoulli(p).sample() for p in (0, 1)], [0, 1])
+
+
+class StreamCase(QuietCase):
+    """A new stream, and what a client at a position is sent."""
+
+    async def asyncSetUp(self) -> None:
+        self.stream = Stream()
+
+    async def append(self, samples: Any) -> None:
+        """Append samples, and let the event loop turn, so that they are in the log."""
+        self.stream.append(samples)
+        await asyncio.sleep(0)
+
+    def read(self, position: int) -> tuple[int, list[Any]]:
+        """Return offset and samples of the next message; the position after it must fit them."""
+        text, after = self.stream.read(position)
+        message = json.loads(text)
+        self.assertEqual(list(message), ["epoch", "offset", "samples"])
+        self.assertEqual(message["epoch"], self.stream.epoch)
+        self.assertEqual(message["offset"] + len(message["samples"]), after)
+        return message["offset"], message["samples"]
+
+    def messages(self) -> list[list[Any]]:
+        """Return the samples of one message after another, from offset 0 to the end."""
+        messages: list[list[Any]] = []
+        position = 0
+        while position < self.stream.end:
+            offset, samples = self.read(position)
+            self.assertEqual((offset, bool(samples)), (position, True))
+            messages.append(samples)
+            position += len(samples)
+        return messages
+
+
+class NewStreamTests(StreamCase):
+    async def test_has_an_epoch_of_its_own(self) -> None:
+        """It has 8 hex digits, which differ even where the random numbers are the same."""
+        random.seed(1)
+        epoch = Stream().epoch
+        random.seed(1)
+        self.assertNotEqual(epoch, Stream().epoch)
+        self.assertRegex(epoch, r"\A[0-9a-f]{8}\Z")
+
+    async def test_has_sizes(self) -> None:
+        """It keeps 10,000 samples, and puts at most 1,000 into a message."""
+        self.assertEqual((self.stream.history_size, self.stream.message_size), (10_000, 1_000))
+
+    def test_needs_an_event_loop(self) -> None:
+        """Where no event loop runs, to make a stream is a RuntimeError."""
+        self.assertRaises(RuntimeError, Stream)
+
+
+class AppendTests(StreamCase):
+    async def test_samples_are_in_the_log_at_the_next_turn(self) -> None:
+        """The end moves when the event loop turns, by all samples in their order."""
+        self.stream.append([1, 0])
+        self.stream.append([])
+        self.stream.append([2])
+        self.assertEqual((self.stream.end, self.read(0)), (0, (0, [])))
+        await asyncio.sleep(0)
+        self.assertEqual((self.stream.end, self.read(0)), (3, (0, [1, 0, 2])))
+
+    async def test_copies(self) -> None:
+        """What the caller does to the samples afterwards does not change the log."""
+        samples: list[Any] = [[1], 2]
+        self.stream.append(samples)
+        samples[0].append(3)
+        samples.clear()
+        await asyncio.sleep(0)
+        self.assertEqual(self.read(0), (0, [[1], 2]))
+
+    async def test_takes_whatever_json_can_hold(self) -> None:
+        """A sample is any value of JSON, and comes out as it went in, also with commas inside."""
+        plain: list[Any] = [1, -1.5, 10**30, True, None, "", "ä\u2028\ud800\n", []]
+        commas = ["a, b", ", ", "], [", [1, 2], {"a": [None, {}], "b": 2}]
+        for samples in (plain, commas, plain):
+            await self.append(samples)
+        self.assertEqual(self.stream.end, 21)
+        self.assertEqual(self.read(0), (0, plain + commas + plain))
+        self.assertEqual(self.read(9), (9, commas[1:] + plain))
+
+    async def refuses(self, error: type[Exception], samples: Any) -> None:
+        """Append what must be refused; nothing of it may be in the log afterwards."""
+        with self.subTest(samples=repr(samples)[:40]):
+            with self.assertRaises(error):
+                self.stream.append(samples)
+            await asyncio.sleep(0)
+            self.assertEqual((self.stream.end, self.read(0)), (0, (0, [])))
+
+    async def test_refuses_what_is_no_list(self) -> None:
+        """A tuple, a text, a dict, one sample by itself: each is a TypeError."""
+        for samples in ((1, 0), "110", {"place": "roof"}, 1, None):
+            await self.refuses(TypeError, samples)
+
+    async def test_refuses_what_json_cannot_hold(self) -> None:
+        """One such sample, or one with such a thing inside, refuses the whole list."""
+        for thing in ({1}, b"bytes", [1j]):
+            await self.refuses(TypeError, [0, thing])
+        for number in (math.nan, math.inf, -math.inf):
+            await self.refuses(ValueError, [0, {"a, b": [number]}])
+
+    async def test_refuses_a_sample_that_is_too_long(self) -> None:
+        """One that a client cannot take is a ValueError, alone and among others."""
+        for samples in (["x" * 10_500_000], [1, [2, "x" * 10_500_000], 3]):
+            await self.refuses(ValueError, samples)
+
+    async def test_in_another_thread(self) -> None:
+        """All that a thread appends is in the log, in order, and errors are raised in the thread."""
+
+        def source() -> None:
+            for number in range(100):
+                self.stream.append([number])
+            self.assertRaises(ValueError, self.stream.append, [math.nan])
+
+        await asyncio.to_thread(source)
+        await asyncio.sleep(0)
+        self.assertEqual(self.read(0), (0, [*range(100)]))
+
+    async def test_in_a_thread_with_an_event_loop_of_its_own(self) -> None:
+        """It wakes the tasks that wait in the loop of the stream."""
+
+        async def source() -> None:
+            self.stream.append([1])
+
+        waiting = asyncio.create_task(self.stream.grown.wait())
+        await asyncio.to_thread(lambda: asyncio.run(source()))
+        await waiting
+        self.assertEqual(self.read(0), (0, [1]))
+
+    async def test_wakes_every_task_that_waits(self) -> None:
+        """Who waits for more goes on with the next samples, and not before."""
+        for number in range(3):
+            waiting = [asyncio.create_task(self.stream.grown.wait()) for _ in range(5)]
+            for _ in range(3):
+                await asyncio.sleep(0)
+            self.assertFalse(any(task.done() for task in waiting))
+            await self.append([number])
+            await asyncio.gather(*waiting)
+
+    def test_after_its_event_loop(self) -> None:
+        """Once the loop of the stream is closed, to append is a RuntimeError, not silence."""
+
+        async def make() -> Stream:
+            return Stream()
+
+        self.assertRaises(RuntimeError, asyncio.run(make()).append, [1])
+
+
+class ReadTests(StreamCase):
+    async def test_from_each_position(self) -> None:
+        """A message begins at the position, even at the end, or else at the oldest sample."""
+        self.stream.history_size = 10
+        await self.append([*range(15)])
+        for position in range(16):
+            oldest = max(5, position)
+            self.assertEqual(self.read(position), (oldest, [*range(oldest, 15)]))
+
+    async def test_history_size(self) -> None:
+        """The newest samples are kept, whether they came one by one or all at once."""
+        self.stream.history_size = 5
+        for samples in ([0], [1], [2, 3, 4, 5, 6], [7], [*range(8, 20)]):
+            await self.append(samples)
+        self.assertEqual((self.stream.end, len(self.stream.history)), (20, 5))
+        self.assertEqual(self.read(0), (15, [15, 16, 17, 18, 19]))
+
+    async def test_history_size_of_0(self) -> None:
+        """A message has no samples then, and its offset tells how many are gone."""
+        self.stream.history_size = 0
+        await self.append([1, 2, 3])
+        self.assertEqual(self.read(0), (3, []))
+
+    async def test_message_size(self) -> None:
+        """A message has at most so many samples, but one at least; the next goes on after it."""
+        self.stream.message_size = 4
+        await self.append([*range(10)])
+        self.assertEqual(self.messages(), [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]])
+        self.stream.message_size = 0
+        await self.append([10])
+        self.assertEqual(self.messages(), [[number] for number in range(11)])
+
+    async def test_long_samples_come_fewer_at_a_time(self) -> None:
+        """A message has about 64 kB at most, and is not cut more often than that needs."""
+        for length, least, most in ((58, 1, 1), (1_500, 24, 36)):
+            self.stream = Stream()
+            await self.append(["x" * length] * 1_000)
+            messages = self.messages()
+            self.assertTrue(least <= len(messages) <= most, len(messages))
+            self.assertLess(max(len(json.dumps(message)) for message in messages), 66_000)
+
+    async def test_longer_samples_come_alone(self) -> None:
+        """Each of more than 64 kB is a message, also when there are short ones around it."""
+        await self.append([0, "x" * 100_000, "y" * 100_000, 2])
+        self.assertIn(["x" * 100_000], self.messages())
+
+    async def test_never_gives_an_old_message(self) -> None:
+        """What it keeps for other clients fits the position and the end, or is made anew."""
+        for number in range(5):
+            await self.append([number])
+            for position in (0, number, 0, number + 1):
+                self.assertEqual(self.read(position)[1], [*range(position, number + 1)])
