@@ -127,8 +127,8 @@ class QuietCase(unittest.IsolatedAsyncioTestCase):
     def setUp(self) -> None:
         self.left_behind = LeftBehind()
         logging.getLogger().addHandler(self.left_behind)
-        self.addCleanup(self.check)
         self.enterContext(mock.patch("sys.unraisablehook", self.left_behind.unraisable))
+        self.addCleanup(self.check)  # while the hook is there, and after the cleanups of the test
         for name, level in (("server", logging.INFO), ("tornado.access", logging.CRITICAL)):
             logger = logging.getLogger(name)
             self.addCleanup(logger.setLevel, logger.level)

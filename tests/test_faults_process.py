@@ -52,7 +52,7 @@ class SilenceTests(FaultCase):
 
     def run_faster(self, program: Coroutine[Any, Any, None]) -> None:
         with asyncio.Runner(loop_factory=partial(hurried, 20)) as runner:
-            runner.run(program)
+            runner.run(asyncio.wait_for(program, 20 * PATIENCE))
 
     def test_silent_client(self) -> None:
         """A server drops who sends no request, half a head, half a body, or answers no ping."""
@@ -63,7 +63,7 @@ class SilenceTests(FaultCase):
 
     async def dropped(self, data: bytes, one_a_second: bytes) -> None:
         """Send this, then perhaps a byte a second, until the server closes the connection."""
-        async with asyncio.timeout(20 * PATIENCE), scene() as here:
+        async with scene() as here:
             async with raw_client(here.url, data) as peer:
                 end = asyncio.ensure_future(peer.read_until_close())
                 while not end.done():

@@ -66,14 +66,15 @@ class ServerCase(ServedCase):
         self.assertEqual(await read(connection), (0, []))
         return connection
 
-    async def peer(self, request: bytes = HANDSHAKE) -> IOStream:
-        """Send a request by hand; the peer reads only what the test reads, and answers nothing."""
-        return await self.enterAsyncContext(raw_client(self.url, request))
+    async def peer(self) -> IOStream:
+        """Connect a client that reads only what the test reads, and answers nothing."""
+        peer = await self.enterAsyncContext(raw_client(self.url, HANDSHAKE))
+        await peer.read_until(b"\r\n\r\n")
+        return peer
 
     async def stuck(self) -> IOStream:
-        """Connect a peer that does not read, and send it more than a connection can hold."""
+        """Connect a client that does not read, and send it more than a connection can hold."""
         peer = await self.peer()
-        await peer.read_until(b"\r\n\r\n")
         self.handler.send_message(["x" * 9_900_000])
         await until(lambda: {client.position for client in self.handler.clients} == {1})
         return peer
@@ -240,7 +241,6 @@ class BadClientTests(ServerCase):
     async def test_that_does_not_answer_when_it_is_closed(self) -> None:
         """It gets nothing more, but counts until its connection has ended."""
         peer = await self.peer()
-        await peer.read_until(b"\r\n\r\n")
         await read_frame(peer)
         await peer.write(frame(TEXT, b"hello"))
         opcode, _ = await read_frame(peer)
@@ -288,9 +288,8 @@ class SubclassTests(ServerCase):
 
         self.handler = Asking
         await self.restart()
-        leaving = await self.peer()
-        await asked.wait()
-        leaving.close()
+        async with raw_client(self.url, HANDSHAKE):
+            await asked.wait()
         await left.wait()
         answer.set()
         await self.ready()
@@ -396,7 +395,8 @@ class GoodbyeTests(ServerCase):
 
     async def test_to_who_is_no_client_yet(self) -> None:
         """A connection is closed, whatever it has sent so far, and nobody can connect any more."""
-        peers = [await self.peer(request) for request in (b"", b"GET /", HANDSHAKE[:-2])]
+        connections = [raw_client(self.url, sent) for sent in (b"", b"GET /", HANDSHAKE[:-2])]
+        peers = [await self.enterAsyncContext(connection) for connection in connections]
         await self.ready()  # by then, the server has accepted those before it
         await self.served.aclose()
         with self.assertRaises(OSError):

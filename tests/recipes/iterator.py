@@ -9,12 +9,14 @@ exactly 1,000 samples, and goes on later with the next one:
         if sample == 0:
             break
 
+This does the same, in a script or in an event loop:
+
     python -m tests.recipes.iterator script --count 1000
     python -m tests.recipes.iterator asyncio --count 1000
 
-A loop connects when it begins. You may leave it at any moment, also with an exception: then the
-connection is closed, and no thread stays behind. What has come, but was not taken, waits for the
-next loop. Ctrl-C ends the program. It needs only Tornado.
+You may leave a loop at any moment, also with an exception: then the connection is closed, and no
+thread stays behind. What has come, but was not taken, waits for the next loop, which connects again
+when it has taken that. Ctrl-C ends the program. It needs only Tornado.
 
 Its limits: one loop at a time. What leaves the server's history between two loops is missed, and
 counted in `missed`. What comes while your loop is busy gathers in memory. `epoch`, `position` and
@@ -49,6 +51,8 @@ class Samples(WebSocketClient):
         self.changed.set()
 
     def __iter__(self) -> Iterator[Any]:
+        while self.arrived:  # a loop that takes only these needs no connection
+            yield self.arrived.popleft()
         changed = self.changed = threading.Event()
         self.start()
         try:
@@ -64,6 +68,8 @@ class Samples(WebSocketClient):
     async def __aiter__(self) -> AsyncIterator[Any]:
         if self.following:  # after `break`, the event loop ends the last loop a moment later
             await end(self.following)
+        while self.arrived:
+            yield self.arrived.popleft()
         changed = self.changed = asyncio.Event()
         following = self.following = asyncio.create_task(self.run())
         following.add_done_callback(lambda _: changed.set())

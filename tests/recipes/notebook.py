@@ -15,9 +15,9 @@ For any other client, such as NumberClient of mean_variance.py, the same three c
     client.stop()
 
 Do not call `main` or `watch` there: `main` reads the arguments of the kernel, and ends it, and
-`watch` keeps the cell busy. An exception in `on_message` is shown in the log of the kernel, and the
-same samples come again. The limit: while your own cell computes without a pause, the picture moves
-more slowly, since both share one Python.
+`watch` keeps the cell busy. An exception in `on_message` is printed with its traceback, and the same
+samples come again. The limit: while your own cell computes without a pause, the picture moves more
+slowly, since both share one Python.
 """
 
 import sys
