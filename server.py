@@ -104,7 +104,7 @@ class WebSocketServer(websocket.WebSocketHandler):
     """One client: Tornado makes an instance for each connection. The class has what they share.
 
     A subclass has its own stream. If it overrides `prepare`, `open` or `on_close`, it must call
-    super().
+    super(), and in `prepare` after whatever it awaits.
     """
 
     clients: ClassVar[set["WebSocketServer"]] = set()  # subclasses share this set
@@ -137,7 +137,7 @@ class WebSocketServer(websocket.WebSocketHandler):
             self.clients.add(self)
             logger.info("client %s connected, %d in all", self.request.remote_ip, len(self.clients))
             self.set_nodelay(True)  # or a small message waits until the last one is confirmed
-            self.feeding = asyncio.create_task(self.feed())
+            self.feeding = asyncio.Task(self.feed())  # begins later; create_task might begin it now
 
     async def feed(self) -> None:
         """Send what this client lacks, wait for more, and so on, until the client has left.
@@ -151,12 +151,12 @@ class WebSocketServer(websocket.WebSocketHandler):
                 # Nothing is appended between this test and wait(): no `await` is in between.
                 while self.position >= self.stream.end:
                     await self.stream.grown.wait()
-        except websocket.WebSocketClosedError:
+        except Exception as error:
+            if not isinstance(error, websocket.WebSocketClosedError):
+                logger.exception("client %s cannot be served", self.request.remote_ip)
+                self.close(1011, "internal error")
             await asyncio.sleep(6)  # by then on_close has cancelled this, if Tornado has called it
             self.on_close()
-        except Exception:
-            logger.exception("client %s cannot be served", self.request.remote_ip)
-            self.close(1011, "internal error")
 
     def on_message(self, message: str | bytes) -> None:
         self.close(1008, "this stream is read-only")

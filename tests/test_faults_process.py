@@ -14,15 +14,15 @@ import unittest
 from collections.abc import Coroutine
 from functools import partial
 from pathlib import Path
+from subprocess import DEVNULL
 from typing import Any
 
 from tornado.iostream import StreamClosedError
 
-from server import WebSocketServer
 from tests import scenarios
 from tests.faults import answer, raw_client, request
 from tests.measurements.faults import memory, never_reading
-from tests.scenarios import LONG, FaultCase, have, number_server, scene, url_at
+from tests.scenarios import LONG, FaultCase, have, scene, url_at
 from tests.support import PATIENCE, Recorder, following, free_port, running, until, url_of
 from tests.test_client import hurried
 
@@ -134,10 +134,10 @@ class ResourceTests(FaultCase):
                 await peer.read_until(b"\r\n\r\n")
 
         port, sizes = free_port(), []
-        with number_server(WebSocketServer, port) as process:
+        with running("server.py", *HERE, "--port", str(port), stderr=DEVNULL) as process:
             files = Path(f"/proc/{process.pid}/fd")
             async with following(control := Recorder(url_at(port))):
-                await have(0, control)
+                await until(lambda: control.samples)
                 before = len([*files.iterdir()])
                 for number in (3_000, 26_000) if LONG else (200, 300):
                     for _ in range(number // 50):

@@ -198,7 +198,7 @@ class IteratorTests(RecipeCase):
         self.assertEqual(self.taken, [*range(8)])
 
     async def test_loops_in_a_coroutine(self) -> None:
-        """After one that was cancelled the next one goes on; `stop` ends one that waits."""
+        """After a cancellation or `break` the next one goes on; `stop` ends one that waits."""
 
         async def take() -> None:
             async for sample in self.client:
@@ -209,11 +209,15 @@ class IteratorTests(RecipeCase):
         cancelled.cancel()
         await until(lambda: not self.client.connected)
         self.handler.send_message([8])
+        async for sample in self.client:
+            self.taken.append(sample)
+            break
+        self.handler.send_message([9])
         loop = asyncio.create_task(take())
-        await until(lambda: 8 in self.taken, lambda: self.taken)
+        await until(lambda: 9 in self.taken, lambda: self.taken)
         self.client.stop()
         await loop
-        self.assertEqual(self.taken, [*range(9)])
+        self.assertEqual(self.taken, [*range(10)])
 
 
 class DatabaseTests(RecipeCase):

@@ -15,7 +15,6 @@ import unittest
 from collections.abc import Iterator
 from subprocess import Popen
 from typing import Any
-from urllib.parse import urlsplit
 
 from client import BetaBinomial, WebSocketClient
 from tests import support
@@ -25,7 +24,6 @@ from tests.support import PATIENCE, ROOT, free_port, line_with, url_of
 
 HERE = "--address", "127.0.0.1"
 FAST = *HERE, "--port", "0", "--interval", "5"
-EMPTY = f"{WebSocketClient('ws://localhost/')}\n"  # the line of a client that has got nothing
 needs_signals = unittest.skipIf(os.name == "nt", "Windows has no such signals")
 
 
@@ -71,11 +69,6 @@ def follow(process: Popen[str], trials: int) -> str:
     raise AssertionError(f"the output ended before {trials} tosses")
 
 
-def port_of(url: str) -> int:
-    """Return the port in the URL of a server."""
-    return urlsplit(url).port or 0
-
-
 def last_line(process: Popen[str]) -> str:
     """Wait until a client's server has ended, end the client, and return its last line."""
     line_with(process, "1001")
@@ -87,21 +80,26 @@ class PairTests(unittest.TestCase):
     """server.py and client.py in terminals beside each other."""
 
     def setUp(self) -> None:
-        self.server = self.enterContext(running("server.py", *FAST))
-        self.url = url_of(self.server)
+        self.port = free_port()
+        self.server = self.start_server()
         self.client = self.start_client()
 
+    def start_server(self) -> Popen[str]:
+        options = *HERE, "--port", str(self.port), "--interval", "5"
+        server = self.enterContext(running("server.py", *options))
+        self.assertEqual(url_of(server), url_at(self.port))
+        return server
+
     def start_client(self) -> Popen[str]:
-        return self.enterContext(running("client.py", "--url", self.url))
+        return self.enterContext(running("client.py", "--url", url_at(self.port)))
 
     def test_ctrl_c(self) -> None:
         """It ends a client with a last line, a server without one; the log says who has come."""
-        self.assertRegex(self.url, r"\Aws://127\.0\.0\.1:\d+/websocket\Z")
         line_with(self.server, " connected, 1 in all")
         follow(self.client, 10)
         status, out, log = end(self.client)
         self.assertEqual((status, out[-10:]), (0, " missed 0\n"))
-        self.assertRegex(log, rf"\A\d\d:\d\d:\d\d connected to {self.url}\n\Z")
+        self.assertRegex(log, rf"\A\d\d:\d\d:\d\d connected to {url_at(self.port)}\n\Z")
         line_with(self.server, " closed, 0 left")
         self.assertEqual(end(self.server), (0, "", ""))
 
@@ -130,7 +128,7 @@ class PairTests(unittest.TestCase):
         """After a restart, a client says how far it followed the last run, and counts on."""
         follow(self.client, 50)
         self.assertEqual(end(self.server, signal.SIGTERM)[0], 0)
-        self.enterContext(running("server.py", *HERE, "--port", str(port_of(self.url))))
+        self.start_server()
         followed = int(line_with(self.client, " the last run was followed to ").split()[-1])
         self.assertGreaterEqual(followed, 50)
         self.assertIn(" missed 0\n", follow(self.client, followed + 10))
@@ -149,7 +147,7 @@ class PairTests(unittest.TestCase):
 
     def test_second_signal_ends_a_server(self) -> None:
         """A second signal ends it though a client does not answer the goodbye; no traceback."""
-        with socket.create_connection(("127.0.0.1", port_of(self.url))) as peer:
+        with socket.create_connection(("127.0.0.1", self.port)) as peer:
             peer.sendall(request())
             line_with(self.server, " connected, 2 in all")
             self.server.send_signal(signal.SIGTERM)
@@ -179,11 +177,12 @@ class ProgramTests(unittest.TestCase):
 
     def test_ctrl_c_in_mid_wait(self) -> None:
         """Ctrl-C ends a client that waits for its next try; SIGTERM ends it as any program."""
+        nothing = f"{WebSocketClient(url_at(self.port))}\n"
         for number, status in ((signal.SIGINT, 0), (signal.SIGTERM, -signal.SIGTERM)):
             with self.subTest(number), running(*self.watch) as process:
                 line_with(process, "cannot connect: ")
                 ended, out, log = end(process, number)
-                self.assertEqual((ended, {*out.splitlines(True)}), (status, {EMPTY}))
+                self.assertEqual((ended, {*out.splitlines(True)}), (status, {nothing}))
                 self.assertNotIn("Traceback", log)
 
     def test_two_signals_in_quick_succession_end_a_server(self) -> None:
@@ -221,9 +220,9 @@ class ProgramTests(unittest.TestCase):
     @unittest.skipUnless(sys.platform == "linux", "only on Linux is 127.0.0.2 always there")
     def test_default_address(self) -> None:
         """As it starts, a server listens on localhost, and on no other address."""
-        with running("server.py", "--port", "0") as process:
-            port = port_of(url_of(process))
-            self.assertRaises(OSError, socket.create_connection, ("127.0.0.2", port))
+        with running("server.py", "--port", str(self.port)) as process:
+            url_of(process)
+            self.assertRaises(OSError, socket.create_connection, ("127.0.0.2", self.port))
 
     @unittest.skipIf(sys.version_info < (3, 12), "Python has no eager tasks before 3.12")
     def test_eager_tasks(self) -> None:

@@ -14,10 +14,10 @@ For any other client, such as NumberClient of mean_variance.py, the same three c
     print(client, client.connected)  # in any cell; if it is not connected, the numbers are old
     client.stop()
 
-Do not call `main` or `watch` there: `main` reads the arguments of the kernel, and ends it, and
-`watch` keeps the cell busy. An exception in `on_message` is printed with its traceback, and the same
-samples come again. The limit: while your own cell computes without a pause, the picture moves more
-slowly, since both share one Python.
+Do not call `main` or `watch` there: `main` reads the arguments of the kernel, does not understand
+them, and exits; `watch` keeps the cell busy. An exception in `on_message` is printed with its
+traceback, and the same samples come again. The limit: while your own cell computes without a pause,
+the picture moves more slowly, since both share one Python.
 """
 
 import sys
