@@ -9,6 +9,7 @@ import math
 import random
 import sys
 import threading
+import time
 from collections.abc import AsyncGenerator, Awaitable, Generator
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -211,8 +212,7 @@ class WebSocketClient:
                 await self._hand_over(pending)
                 pending = []
                 self._move(epoch, offset)
-            end = self.position + len(pending)
-            pending += samples[end - offset :]  # those before the end were taken already
+            pending += samples[self.position + len(pending) - offset :]  # without what was taken
         await self._hand_over(pending)
         return reason
 
@@ -283,7 +283,7 @@ def watch(client: WebSocketClient) -> None:
         try:
             while client.thread and client.thread.is_alive():
                 show(client)
-                client.thread.join(1)
+                time.sleep(1)
         finally:
             client.stop()
             show(client)

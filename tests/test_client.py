@@ -1,4 +1,4 @@
-"""What only a network shows of a client: handshakes, ends of connections, silence, a flood."""
+"""What a network shows of a client: handshakes, ends, silence, a flood; and its waits."""
 
 import asyncio
 import contextlib

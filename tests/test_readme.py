@@ -65,7 +65,7 @@ class ProgramTests(QuietCase):
         """The group ends when the client is stopped in it."""
         app = make_app()
         async with serving(app) as url:
-            lines = ASYNCIO.replace("...", "await asyncio.sleep(0)")
+            lines = ASYNCIO.replace("sleep(60)", "sleep(0.1)")
             names = {"asyncio": asyncio, "client": WebSocketClient(url)}
             code = f"async def program(client):\n{textwrap.indent(lines, '    ')}"
             exec(code, names)  # noqa: S102

@@ -1,4 +1,4 @@
-"""The posterior, the messages, the client's rule and its waits, all without a network."""
+"""The posterior, the messages, and the client's rule, case by case and without a network."""
 
 import asyncio
 import json
