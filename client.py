@@ -201,7 +201,7 @@ class WebSocketClient:
                 arrived.put_nowait(None)  # put it back: `_listen` reads until the end
                 reason = "connection lost"
                 if connection.close_code:
-                    reason = f"closed by server: {connection.close_code} {connection.close_reason}"
+                    reason = f"closed with {connection.close_code} {connection.close_reason!r}"
                 break
             try:
                 epoch, offset, samples = parse(message)

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from unittest import mock
 
 from tornado.httpserver import HTTPServer
+from tornado.iostream import StreamClosedError
 from tornado.testing import bind_unused_port
 from tornado.web import Application, RequestHandler
 from tornado.websocket import WebSocketClosedError, WebSocketHandler
@@ -64,8 +65,9 @@ class HandshakeTests(ClientCase):
             async def get(self) -> None:
                 urls.append(self.request.uri)
                 stream = self.detach()
-                stream.write(answer + b"\r\nContent-Length: 0\r\n\r\n")
-                await stream.read_until_close()
+                with contextlib.suppress(StreamClosedError):  # the client has been stopped
+                    await stream.write(answer + b"\r\nContent-Length: 0\r\n\r\n")
+                    await stream.read_until_close()
 
         with self.subTest(answer=answer):
             async with serving(Answering) as url:
