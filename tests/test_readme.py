@@ -10,17 +10,32 @@ import re
 import textwrap
 import unittest
 from pathlib import Path
+from typing import Any
+
+from tornado.web import Application
 
 import client
 import server
 from client import BetaBinomial, WebSocketClient
 from server import Stream, WebSocketServer, make_app
-from tests.support import PATIENCE, ROOT, QuietCase, line_with, running, serving, until, url_of
+from tests.support import (
+    PATIENCE,
+    ROOT,
+    QuietCase,
+    Recorder,
+    following,
+    line_with,
+    running,
+    serving,
+    until,
+    url_of,
+)
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 READMES = [ROOT / "README.md", *sorted((ROOT / "tests").rglob("README.md"))]
-PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-SOURCE, MODEL, SCRIPT, ASYNCIO = PROGRAMS
+INDEX = (ROOT / "tests" / "recipes" / "README.md").read_text(encoding="utf-8")
+SOURCE, MODEL, SCRIPT, ASYNCIO = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+TWO, OWN, LAST, SLOW, THOUSAND, NEW = re.findall(r"```python\n(.*?)```", INDEX, re.DOTALL)
 
 
 class ProgramTests(QuietCase):
@@ -70,6 +85,66 @@ class ProgramTests(QuietCase):
             code = f"async def program(client):\n{textwrap.indent(lines, '    ')}"
             exec(code, names)  # noqa: S102
             await names["program"](names["client"])  # type: ignore[operator]
+
+
+class ShortAnswerTests(QuietCase):
+    def defined(self, code: str, name: str, **names: object) -> Any:
+        """Run the lines of a class, and return the class."""
+        names |= {
+            "Any": Any,
+            "WebSocketClient": WebSocketClient,
+            "WebSocketServer": WebSocketServer,
+        }
+        exec(code, names | {"asyncio": asyncio}, found := {})  # noqa: S102
+        return found[name]
+
+    async def test_two_streams(self) -> None:
+        """Both streams of the program have samples of their own."""
+        with running("-c", TWO.replace("serve(app)", "serve(app, 0)")) as process:
+            url = url_of(process)
+            usual, rare = Recorder(url), Recorder(url.replace("websocket", "rare"))
+            async with following(usual, rare):
+                await until(lambda: usual.position > 1 and rare.position > 1)
+            self.assertNotEqual(usual.epoch, rare.epoch)
+
+    async def test_own_application_and_last_word(self) -> None:
+        """An application of one's own serves the stream, and its last word arrives."""
+        names = {"Application": Application, "Stream": Stream, "WebSocketServer": WebSocketServer}
+        own = OWN.replace("await serve(app)", "").replace('("/health", Health), ', "")
+        exec(own, names)  # noqa: S102
+        serving_code = textwrap.indent(LAST, "    ")
+        exec(f"import asyncio\nasync def last(serving):\n{serving_code}", names)  # noqa: S102
+        last: Any = names["last"]
+        app: Any = names["app"]
+        async with serving(app) as url, following(client := Recorder(url)):
+            await until(lambda: client.connected)
+            await last(asyncio.create_task(asyncio.sleep(0)))
+            await until(lambda: client.samples == ["the end"], lambda: client.samples)
+
+    async def test_slow_work(self) -> None:
+        """Each sample is worked on."""
+        done: list[int] = []
+        slow = self.defined(SLOW, "SlowClient", work=done.append)
+        async with serving(make_app()) as url:
+            WebSocketServer.send_message([*range(10)])
+            async with following(slow(url)):
+                await until(lambda: sorted(done) == [*range(10)], lambda: done)
+
+    async def test_exactly_1000_and_only_what_is_new(self) -> None:
+        """A client stops after 1,000 samples; a joiner of the other server gets no history."""
+        thousand = self.defined(THOUSAND, "Thousand")
+        only_new = self.defined(NEW, "OnlyNew")
+        async with serving(make_app(only_new)) as url:
+            only_new.send_message([*range(10)])
+            async with following(client := Recorder(url)):
+                await until(lambda: client.connected and client.epoch)
+                only_new.send_message([*range(10, 1_510)])
+                await until(lambda: client.position == 1_510, lambda: client.position)
+                self.assertEqual(client.samples, [*range(10, 1_510)])
+            first = thousand(url)
+            first.epoch, first.position = only_new.stream.epoch, 0
+            await first.run()
+            self.assertEqual((first.taken, first.position), ([*range(1_000)], 1_000))
 
 
 class StatementTests(unittest.TestCase):
