@@ -42,7 +42,7 @@ class ProgramTests(QuietCase):
     def test_source_and_model_of_ones_own(self) -> None:
         """The source sends its prices, and the model follows them."""
         with (
-            running("-c", SOURCE.replace("serve(app)", "serve(app, 0)")) as source,
+            running("-c", SOURCE.replace("serve(app) ", "serve(app, 0) ")) as source,
             running("-c", MODEL, "--url", url_of(source)) as model,
         ):
             assert model.stdout
@@ -51,7 +51,9 @@ class ProgramTests(QuietCase):
 
     def test_a_source_that_fails_ends_the_server(self) -> None:
         """An exception in play ends the program with its traceback and status 1."""
-        with running("-c", SOURCE.replace("101.4", "1 / 0").replace("(app)", "(app, 0)")) as source:
+        with running(
+            "-c", SOURCE.replace("101.4", "1 / 0").replace("serve(app) ", "serve(app, 0) ")
+        ) as source:
             line_with(source, "ZeroDivisionError")
             self.assertEqual(source.wait(), 1)
 
@@ -90,13 +92,10 @@ class ProgramTests(QuietCase):
 class ShortAnswerTests(QuietCase):
     def defined(self, code: str, name: str, **names: object) -> Any:
         """Run the lines of a class, and return the class."""
-        names |= {
-            "Any": Any,
-            "WebSocketClient": WebSocketClient,
-            "WebSocketServer": WebSocketServer,
-        }
-        exec(code, names | {"asyncio": asyncio}, found := {})  # noqa: S102
-        return found[name]
+        names |= {"Any": Any, "WebSocketClient": WebSocketClient, "asyncio": asyncio}
+        names["WebSocketServer"] = WebSocketServer
+        exec(code, names)  # noqa: S102
+        return names[name]
 
     async def test_two_streams(self) -> None:
         """Both streams of the program have samples of their own."""
