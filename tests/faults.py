@@ -160,8 +160,10 @@ class Proxy(TCPServer):
             await random.choice((self.close, self.reset, self.cut, self.stall))()
 
     async def forge(self, data: bytes) -> None:
-        """Say something to the client that the server has not said."""
-        await self.streams[-1].write(data)
+        """Say something to the client that the server has not said, and wait until it is gone."""
+        stream = self.streams[-1]
+        await stream.write(data)
+        await until(stream.closed)
 
     async def handle_stream(self, stream: IOStream, address: Any) -> None:
         """Pass bytes on in both directions, until either side or a fault ends the connection."""

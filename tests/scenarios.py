@@ -13,6 +13,8 @@ import os
 import random
 import secrets
 import signal
+import socket
+import sys
 from collections.abc import AsyncIterator, Iterator
 from subprocess import DEVNULL, Popen
 from typing import Any, NamedTuple
@@ -195,6 +197,18 @@ def number_server(
     return support.running("-c", code, stderr=DEVNULL)
 
 
+@contextlib.contextmanager
+def own_port() -> Iterator[int]:
+    """Yield a port that no other program can take meanwhile, but a server of the test can."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        port = int(holder.getsockname()[1])
+        if sys.platform != "linux":  # elsewhere, no server could bind while the holder does
+            holder.close()
+        yield port
+
+
 def url_at(port: int) -> str:
     """Return the URL of a server on this machine."""
     return f"ws://127.0.0.1:{port}/websocket"
@@ -202,20 +216,21 @@ def url_at(port: int) -> str:
 
 async def restarts(pair: Pair, *signals: signal.Signals, clients: int = 5) -> Count:
     """End a server with each of the signals and start it again; clients follow every run."""
-    port, count = support.free_port(), Count()
-    followers = [pair.client(url_at(port)) for _ in range(clients)]
-    async with following(*followers):
-        for run, number in enumerate(signals):
-            first = 1_000_000 * run
-            with number_server(pair.handler, port, first=first) as process:
-                await have(first + 100, *followers)
-                process.send_signal(number)
-                await asyncio.to_thread(process.wait)
-            await until(lambda: not any(client.connected for client in followers))
-            for client in followers:  # nobody can know what it has not got of this run
-                count.add(client, first)
-                client.samples.clear()
-                client.missed = 0
+    count = Count()
+    with own_port() as port:
+        followers = [pair.client(url_at(port)) for _ in range(clients)]
+        async with following(*followers):
+            for run, number in enumerate(signals):
+                first = 1_000_000 * run
+                with number_server(pair.handler, port, first=first) as process:
+                    await have(first + 100, *followers)
+                    process.send_signal(number)
+                    await asyncio.to_thread(process.wait)
+                await until(lambda: not any(client.connected for client in followers))
+                for client in followers:  # nobody can know what it has not got of this run
+                    count.add(client, first)
+                    client.samples.clear()
+                    client.missed = 0
     return count
 
 

@@ -22,8 +22,8 @@ from tornado.iostream import StreamClosedError
 from tests import scenarios
 from tests.faults import answer, raw_client, request
 from tests.measurements.faults import memory, never_reading
-from tests.scenarios import LONG, FaultCase, have, scene, url_at
-from tests.support import PATIENCE, Recorder, following, free_port, running, until, url_of
+from tests.scenarios import LONG, FaultCase, have, own_port, scene, url_at
+from tests.support import PATIENCE, Recorder, following, running, until, url_of
 from tests.test_client import hurried
 
 HERE = "--address", "127.0.0.1"
@@ -100,7 +100,7 @@ class ResourceTests(FaultCase):
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
         self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
         limited = "/bin/sh", "-c", 'ulimit -n 1024; exec "$@"', "sh", sys.executable, "server.py"
-        url = url_at(port := free_port())
+        url = url_at(port := self.enterContext(own_port()))
         clients = [Recorder(url) for _ in range(900)]
         log = self.enterContext(tempfile.TemporaryFile("w+"))
         with running(*limited, *HERE, "--port", str(port), python=False, stderr=log):
@@ -133,7 +133,7 @@ class ResourceTests(FaultCase):
             async with raw_client(control.url, request()) as peer:
                 await peer.read_until(b"\r\n\r\n")
 
-        port, sizes = free_port(), []
+        port, sizes = self.enterContext(own_port()), []
         with running("server.py", *HERE, "--port", str(port), stderr=DEVNULL) as process:
             files = Path(f"/proc/{process.pid}/fd")
             async with following(control := Recorder(url_at(port))):

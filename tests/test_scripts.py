@@ -19,8 +19,8 @@ from typing import Any
 from client import BetaBinomial, WebSocketClient
 from tests import support
 from tests.faults import request
-from tests.scenarios import LONG, SEED, url_at
-from tests.support import PATIENCE, ROOT, free_port, line_with, url_of
+from tests.scenarios import LONG, SEED, own_port, url_at
+from tests.support import PATIENCE, ROOT, line_with, url_of
 
 HERE = "--address", "127.0.0.1"
 FAST = *HERE, "--port", "0", "--interval", "5"
@@ -80,7 +80,7 @@ class PairTests(unittest.TestCase):
     """server.py and client.py in terminals beside each other."""
 
     def setUp(self) -> None:
-        self.port = free_port()
+        self.port = self.enterContext(own_port())
         self.server = self.start_server()
         self.client = self.start_client()
 
@@ -165,7 +165,7 @@ class ProgramTests(unittest.TestCase):
 
     def setUp(self) -> None:
         random.seed(SEED)
-        self.port = free_port()
+        self.port = self.enterContext(own_port())
         self.watch = "client.py", "--url", url_at(self.port)
 
     def test_client_first(self) -> None:

@@ -153,7 +153,7 @@ class ThreadTests(ServedCase):
         client.start()
         await until(lambda: threads() == before)
         await client.run()
-        self.assertEqual(client.position, 0)
+        self.assertFalse(client.connected)
 
     async def test_stop_at_any_moment(self) -> None:
         """After 200 starts, each with a stop in another thread, nothing is left, and all works."""
