@@ -7,16 +7,16 @@ import socket
 import struct
 import sys
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from tornado.iostream import IOStream, StreamClosedError
 from tornado.tcpserver import TCPServer
 from tornado.testing import bind_unused_port
 
-from tests.support import HANDSHAKE, PATIENCE, until
+from tests.support import HANDSHAKE, PATIENCE, until, url_at
 
-CONTINUATION, TEXT, CLOSE, PING, PONG = 0, 1, 8, 9, 10  # opcodes
+CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10  # opcodes
 
 
 def request(*more: str, method: str = "GET") -> bytes:
@@ -25,18 +25,18 @@ def request(*more: str, method: str = "GET") -> bytes:
     return "\r\n".join([f"{method} /websocket HTTP/1.1", *usual, *more, "", ""]).encode()
 
 
-def frame_head(
-    opcode: int, length: int, *, final: bool = True, reserved: int = 0, masked: bool = True
+def frame(
+    opcode: int, payload: bytes = b"", *, final: bool = True, reserved: int = 0, masked: bool = True
 ) -> bytes:
-    """Make what stands before the payload of a frame; the mask is of zeros, and changes nothing."""
-    size, width = (length, 0) if length < 126 else (126, 2) if length < 2**16 else (127, 8)
-    head = bytes([final << 7 | reserved << 4 | opcode, masked << 7 | size])
-    return head + length.to_bytes(8)[8 - width :] + bytes(4 * masked)
-
-
-def frame(opcode: int, payload: bytes = b"", **head: Any) -> bytes:
-    """Make a frame, which may break every rule of RFC 6455 but that of its length."""
-    return frame_head(opcode, len(payload), **head) + payload
+    """Make a frame, also one that breaks the rules; its mask is of zeros, and changes nothing."""
+    size, mask = len(payload), masked << 7
+    if size < 126:
+        length = bytes([mask | size])
+    elif size < 2**16:
+        length = struct.pack("!BH", mask | 126, size)
+    else:
+        length = struct.pack("!BQ", mask | 127, size)
+    return bytes([final << 7 | reserved << 4 | opcode]) + length + bytes(4 * masked) + payload
 
 
 def reset(stream: IOStream) -> None:
@@ -66,6 +66,14 @@ async def raw_client(url: str, data: bytes) -> AsyncIterator[IOStream]:
         reset(stream)
 
 
+async def read_frame(peer: IOStream) -> tuple[int, bytes]:
+    """Read one frame that the server has sent, and return its opcode and its payload."""
+    head, size = await peer.read_bytes(2)
+    if size > 125:
+        size = int.from_bytes(await peer.read_bytes(2 if size == 126 else 8))
+    return head & 15, await peer.read_bytes(size)
+
+
 async def answer(url: str, data: bytes, *, then_end: bool = False) -> str:
     """Send bytes; return the status, the code of the Close frame that follows 101, or "dropped"."""
     async with raw_client(url, data) as stream, asyncio.timeout(PATIENCE):
@@ -73,60 +81,46 @@ async def answer(url: str, data: bytes, *, then_end: bool = False) -> str:
             if then_end:  # the server learns that no more bytes follow
                 stream.socket.shutdown(socket.SHUT_WR)
             status = (await stream.read_until(b"\r\n\r\n")).decode().split()[1]
-            while status == "101":  # read frames
-                first, size = await stream.read_bytes(2)
-                if size == 126:
-                    size = int.from_bytes(await stream.read_bytes(2))
-                payload = await stream.read_bytes(size)
-                if first & 15 == CLOSE:
+            while status == "101":
+                opcode, payload = await read_frame(stream)
+                if opcode == CLOSE:
                     return str(int.from_bytes(payload[:2]))
             return status
         except StreamClosedError:
             return "dropped"
 
 
-class Proxy(TCPServer):
-    """Passes bytes between one client and a server, and does to the link what it is told.
+class Pace(NamedTuple):
+    """How bytes pass on their way to a client."""
 
-    How bytes pass on their way to the client: `whole`, `bytewise`, `trickle`, `late`.
-    How the connection ends: `close`, `reset`, `cut`, `stall`. Afterwards the client may come back.
-    """
+    piece: int = 2**16  # bytes at once, at most
+    pause: float = 0  # seconds before each piece, on average
+
+
+WHOLE, BYTEWISE, LATE = Pace(), Pace(piece=1), Pace(pause=0.05)
+TRICKLE, SLOW = Pace(512, 0.02), Pace(1_280, 0.02)  # about 25 and 50 kB/s
+
+
+class Proxy(TCPServer):
+    """Passes bytes between a server and a client that comes back when its connection is broken."""
 
     def __init__(self, url: str) -> None:
         super().__init__()
         listener, port = bind_unused_port()
         self.add_socket(listener)
-        self.url = f"ws://127.0.0.1:{port}/websocket"
-        self.server = url
+        self.url, self.server = url_at(port), url
+        self.pace = WHOLE
         self.streams: list[IOStream] = []  # to the client, one for each time that it has come
         self.busy = 0  # connections that are still open
-        self.passed = 0  # bytes that have passed to the client on the newest one
+        self.passed = 0  # bytes that have passed to the client
         self.cutting = False  # whether the next piece is the last one, and not complete
-        self.flowing = asyncio.Event()
-        self.flowing.set()
-        self.whole()
+        self.passing = asyncio.Lock()
 
     async def aclose(self) -> None:
         """Stop listening, and close the connections."""
         self.stop()
         await self.close()
         await until(lambda: self.busy == 0, lambda: self.busy)
-
-    def whole(self) -> None:
-        """Let everything pass as it comes."""
-        self.piece, self.pause = 2**16, 0.0  # bytes at once, and seconds before them on average
-
-    def bytewise(self) -> None:
-        """Let each byte pass by itself."""
-        self.piece, self.pause = 1, 0.0
-
-    def trickle(self) -> None:
-        """Let 25 kB/s pass, in pieces of 512 bytes."""
-        self.piece, self.pause = 512, 0.02
-
-    def late(self) -> None:
-        """Let everything pass 50 ms late, with jitter."""
-        self.piece, self.pause = 2**16, 0.05
 
     async def close(self) -> None:
         """Close the connection without a Close frame."""
@@ -145,17 +139,14 @@ class Proxy(TCPServer):
 
     async def stall(self) -> None:
         """Let nothing pass for a moment, and then reset the connection."""
-        self.flowing.clear()
-        try:
+        async with self.passing:
             await asyncio.sleep(random.uniform(0.2, 0.8))  # the fault itself
-        finally:
             await self.reset()
-            self.flowing.set()
 
     async def misbehave(self) -> None:
         """End one connection after the other, each after 0.3 s on average, until cancelled."""
         while True:
-            random.choice((self.whole, self.whole, self.whole, self.trickle, self.late))()
+            self.pace = random.choice((WHOLE, WHOLE, WHOLE, TRICKLE, LATE))
             await asyncio.sleep(random.uniform(0, 0.6))  # the life of this connection
             await random.choice((self.close, self.reset, self.cut, self.stall))()
 
@@ -169,7 +160,6 @@ class Proxy(TCPServer):
         """Pass bytes on in both directions, until either side or a fault ends the connection."""
         self.streams.append(stream)
         self.busy += 1
-        self.passed = 0
         with contextlib.suppress(StreamClosedError):
             server = await connect(self.server)
             with contextlib.closing(server), contextlib.closing(stream):
@@ -182,12 +172,12 @@ class Proxy(TCPServer):
 
     async def pass_down(self, server: IOStream, client: IOStream) -> None:
         while True:
-            data = await server.read_bytes(self.piece, partial=True)
-            await asyncio.sleep(random.uniform(0.8, 1.2) * self.pause)
-            await self.flowing.wait()
-            if self.cutting:
-                self.cutting = False
-                await client.write(data[: random.randrange(len(data))])
-                client.close()
-            await client.write(data)
-            self.passed += len(data)
+            data = await server.read_bytes(self.pace.piece, partial=True)
+            await asyncio.sleep(random.uniform(0.8, 1.2) * self.pace.pause)
+            async with self.passing:
+                if self.cutting:
+                    self.cutting = False
+                    await client.write(data[: random.randrange(len(data))])
+                    client.close()
+                await client.write(data)
+                self.passed += len(data)

@@ -1,26 +1,24 @@
 """Make the picture of the page, tests/recipes/page.png: python -m tests.picture"""
 
 import asyncio
-import logging
 import random
 
 from playwright.async_api import async_playwright
 
-from server import RandomBernoulli, WebSocketServer
+from server import RandomBernoulli, WebSocketServer, logger
 from tests.recipes.page import HERE, make_page_app
-from tests.support import serving
+from tests.support import serving, which
 
 
 async def main() -> None:
     """Serve the page with 500 tosses, and take a picture of it."""
-    logging.getLogger("server").setLevel(logging.INFO)  # so that `serving` sees the URL
+    logger.setLevel("INFO")  # so that `serving` sees the URL
     random.seed(5)
     coin = RandomBernoulli(0.72)
     async with serving(make_page_app()) as url, async_playwright() as playwright:
         WebSocketServer.send_message([coin.sample() for _ in range(500)])
-        browser = await playwright.chromium.launch(
-            executable_path="/usr/bin/chromium", args=["--no-sandbox"]
-        )
+        chromium = which("chromium")
+        browser = await playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = await browser.new_page(viewport={"width": 800, "height": 100})
         await page.goto(url.removesuffix("websocket").replace("ws:", "http:"))
         await page.get_by_text("500", exact=True).wait_for()

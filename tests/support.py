@@ -3,16 +3,21 @@
 import asyncio
 import contextlib
 import gc
+import importlib.util
 import logging
 import os
+import secrets
+import selectors
+import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import unittest
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 from unittest import mock
 
 from tornado.web import Application
@@ -22,6 +27,8 @@ from server import WebSocketServer, make_app, serve
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 90  # seconds until a condition that does not come true fails a test; no measurement
+SEED = int(os.environ.get("SEED") or secrets.randbelow(1_000_000))  # of random numbers
+LONG = os.environ.get("LONG_TESTS") == "1"
 HANDSHAKE = (
     b"GET /websocket HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
@@ -38,11 +45,42 @@ async def until(condition: Callable[[], object], *values: Callable[[], object]) 
         await asyncio.sleep(0.005)
 
 
-def free_port() -> int:
-    """Return a port that nobody listens on, for what cannot take a free one itself."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+@contextlib.contextmanager
+def own_port() -> Iterator[int]:
+    """Yield a port that no other program can take meanwhile, but a server of the test can."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        port = int(holder.getsockname()[1])
+        if sys.platform != "linux":  # elsewhere, no server could bind while the holder does
+            holder.close()
+        yield port
+
+
+def url_at(port: int) -> str:
+    """Return the URL of a server on this machine."""
+    return f"ws://127.0.0.1:{port}/websocket"
+
+
+def hurried(factor: int) -> asyncio.Runner:
+    """Make a runner whose clock runs so many times as fast, and which waits as much less."""
+    selector = selectors.SelectSelector()
+    loop = asyncio.SelectorEventLoop(selector)
+    select, time = selector.select, loop.time
+    selector.select = lambda timeout=None: select(timeout and timeout / factor)  # type: ignore
+    loop.time = lambda: factor * time()  # type: ignore[method-assign]
+    return asyncio.Runner(loop_factory=lambda: loop)
+
+
+def which(program: str) -> str | None:
+    """Find a program, also where Debian has daemons."""
+    return shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+
+
+def needs(*names: str) -> Callable[[Any], Any]:
+    """Skip tests where one of these is neither a module nor a program."""
+    missing = [name for name in names if not (importlib.util.find_spec(name) or which(name))]
+    return unittest.skipIf(missing, f"needs {', '.join(missing)}: see tests/requirements.txt")
 
 
 def new_handler(
@@ -144,8 +182,6 @@ class QuietCase(unittest.IsolatedAsyncioTestCase):
 class ServedCase(QuietCase):
     """A test with a stream of its own, which is served at `self.url`."""
 
-    sizes: ClassVar[dict[str, int]] = {}  # of the stream, such as history_size
-
     async def asyncSetUp(self) -> None:
         self.handler = new_handler()
         await self.begin()
@@ -154,8 +190,6 @@ class ServedCase(QuietCase):
         """Serve a new run of the stream."""
         app = make_app(self.handler)
         self.stream = self.handler.stream
-        for name, size in self.sizes.items():
-            setattr(self.stream, name, size)
         self.served = contextlib.AsyncExitStack()
         self.addAsyncCleanup(self.served.aclose)
         self.url = await self.served.enter_async_context(serving(app, port))
@@ -168,17 +202,23 @@ class ServedCase(QuietCase):
 
 
 @contextlib.contextmanager
-def running(*command: str, python: bool = True, **outputs: Any) -> Iterator[subprocess.Popen[str]]:
-    """Run Python, or another program; pipe both outputs, and kill the program at the end."""
+def running(
+    *command: str, python: bool = True, patience: float = PATIENCE, **outputs: Any
+) -> Iterator[subprocess.Popen[str]]:
+    """Run Python, or another program, and pipe both outputs.
+
+    It is killed at the end, and before if it takes too long: a read of its output ends then.
+    """
     outputs = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | outputs
     usual = os.environ | {"PYTHONUNBUFFERED": ""}  # or a flush that is missing would not show
-    program = (sys.executable, "-W", "error") if python else ()
-    with subprocess.Popen(
-        [*program, *command], text=True, cwd=ROOT, env=usual, **outputs
-    ) as process:
+    program = [*((sys.executable, "-W", "error") if python else ()), *command]
+    with subprocess.Popen(program, text=True, cwd=ROOT, env=usual, **outputs) as process:
+        watch = threading.Timer(patience, process.kill)
+        watch.start()
         try:
             yield process
         finally:
+            watch.cancel()
             process.kill()
 
 

@@ -1,29 +1,30 @@
 """The fast lane keeps the promises of the ordinary way; measurements/benchmark.py has its speed."""
 
 import asyncio
-import importlib.util
 import socket
 import ssl
-import unittest
 from typing import Any
 
 from tornado.httpclient import HTTPRequest
+from tornado.iostream import IOStream
+from tornado.testing import AsyncHTTPSTestCase
 from tornado.websocket import WebSocketClientConnection, websocket_connect
 
 from client import parse
 from server import WebSocketServer
+from tests import faults
 from tests.recipes.fast_lane import frame, make_fast_app
 from tests.support import HANDSHAKE, PATIENCE, QuietCase, new_handler, serving
 
 
 class FastLaneTests(QuietCase):
     async def asyncSetUp(self) -> None:
-        self.handler = await self.serve()
+        await self.serve()
 
-    async def serve(self, **options: Any) -> type[WebSocketServer]:
-        handler = new_handler()
-        self.url = await self.enterAsyncContext(serving(make_fast_app(handler), **options))
-        return handler
+    async def serve(self, context: ssl.SSLContext | None = None) -> None:
+        self.handler = new_handler()
+        app = make_fast_app(self.handler)
+        self.url = await self.enterAsyncContext(serving(app, ssl=context))
 
     async def join(self) -> WebSocketClientConnection:
         reader = await websocket_connect(HTTPRequest(self.url, validate_cert=False))
@@ -34,42 +35,40 @@ class FastLaneTests(QuietCase):
     async def read(self, reader: WebSocketClientConnection) -> tuple[int, list[Any]]:
         return parse(str(await asyncio.wait_for(reader.read_message(), PATIENCE)))[1:]
 
-    async def join_by_socket(self) -> socket.socket:
-        """Connect, and read the first message, but nothing more."""
-        address = "127.0.0.1", int(self.url.split(":")[2].split("/")[0])
-        peer = self.enterContext(socket.create_connection(address))
-        peer.sendall(HANDSHAKE)
-        while b"samples" not in await asyncio.to_thread(peer.recv, 4096):
-            pass
+    async def join_without_pongs(self) -> IOStream:
+        """Connect a client that answers nothing, and read its first message."""
+        peer = await self.enterAsyncContext(faults.raw_client(self.url, HANDSHAKE))
+        await peer.read_until(b"}")
         return peer
 
     def narrow_connection(self) -> Any:
-        connection: Any = next(iter(WebSocketServer.clients)).ws_connection
+        """Let the only client's socket take little at once, and return its connection."""
+        (client,) = (client for client in WebSocketServer.clients if type(client) is self.handler)
+        connection: Any = client.ws_connection
         connection.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         return connection
 
     async def test_slow_reader_gets_everything_in_few_messages(self) -> None:
-        """What a socket takes only in part arrives whole and in order."""
-        reader, _ = await self.join(), self.narrow_connection()
+        """What a socket takes only in part arrives whole and in order, also over TLS."""
+        tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        tls.load_cert_chain(**AsyncHTTPSTestCase.default_ssl_options())
         sent = ["x" * 1_000_000, *(f"{number:20000}" for number in range(200))]
-        for sample in sent:
-            self.handler.send_message([sample])
-            await asyncio.sleep(0)
-        got, messages = list[str](), 0
-        while len(got) < len(sent):
-            offset, samples = await self.read(reader)
-            self.assertEqual(offset, len(got))
-            got, messages = got + samples, messages + 1
-        self.assertTrue(got == sent)
-        self.assertLess(messages, 150)
-
-    @unittest.skipUnless(importlib.util.find_spec("trustme"), "trustme is not installed")
-    async def test_slow_reader_gets_everything_over_tls(self) -> None:
-        """Over TLS, too, what a socket takes only in part arrives whole and in order."""
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        importlib.import_module("trustme").CA().issue_cert("127.0.0.1").configure_cert(context)
-        self.handler = await self.serve(ssl=context)
-        await self.test_slow_reader_gets_everything_in_few_messages()
+        for context in (None, tls):
+            await self.serve(context)
+            reader = await self.join()
+            self.narrow_connection()
+            for sample in sent:
+                self.handler.send_message([sample])
+                await asyncio.sleep(0)
+            got: list[str] = []
+            messages = 0
+            while len(got) < len(sent):
+                offset, samples = await self.read(reader)
+                self.assertEqual(offset, len(got))
+                got += samples
+                messages += 1
+            self.assertTrue(got == sent)  # assertEqual would print all of it
+            self.assertLess(messages, 150)
 
     async def test_late_joiner_catches_up_while_the_stream_goes_on(self) -> None:
         """A client that is behind gets everything, once and in order."""
@@ -93,36 +92,37 @@ class FastLaneTests(QuietCase):
 
     async def test_two_streams_stay_apart(self) -> None:
         """A client gets nothing of another stream in the same process."""
-        reader, other = await self.join(), await self.serve()
-        other.send_message([1])
-        await self.join()
-        self.handler.send_message([2])
+        reader, first = await self.join(), self.handler
+        await self.serve()
+        self.handler.send_message([1])
+        first.send_message([2])
         self.assertEqual(await self.read(reader), (0, [2]))
 
     async def test_frame_goes_behind_a_ping_that_is_sent_in_part(self) -> None:
         """A frame waits for what Tornado has yet to write, though the socket has room again."""
-        peer, connection, pings = await self.join_by_socket(), self.narrow_connection(), 0
+        peer = await self.join_without_pongs()
+        connection = self.narrow_connection()
+        expected = b""
         while not connection.stream.writing():
             connection.write_ping(b"")
-            pings += 1
+            expected += b"\x89\0"
         self.handler.send_message([1])
         await asyncio.sleep(0)  # the stream has grown, and sends in the next turn
-        got = peer.recv(1 << 24)
-        expected = pings * b"\x89\0" + frame(self.handler.stream.read(0)[0].encode())
-        while len(got) < len(expected):
-            got += await asyncio.to_thread(peer.recv, 1 << 24)
-        self.assertEqual(got, expected)
+        expected += frame(self.handler.stream.read(0)[0].encode())
+        # This call takes what the socket holds at once, and so makes room before that turn.
+        got = peer.read_bytes(len(expected))
+        self.assertEqual(await asyncio.wait_for(got, PATIENCE), expected)
 
     async def test_closing_and_reset_connections_are_passed_over(self) -> None:
         """Nothing follows a Close frame, and a reset client costs the others nothing."""
-        closing = await self.join_by_socket()
+        closing = await self.join_without_pongs()
         self.narrow_connection().close(1001)
-        reset, other = await self.join_by_socket(), await self.join()
-        reset.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        reset.close()
+        vanishing, other = await self.join_without_pongs(), await self.join()
+        faults.reset(vanishing)
         self.handler.send_message([1])
         self.assertEqual(await self.read(other), (0, [1]))
-        self.assertEqual(closing.recv(4096), b"\x88\x02\x03\xe9")
+        await closing.write(faults.frame(faults.CLOSE))  # now the server ends the connection
+        self.assertEqual(await closing.read_until_close(), b"\x88\x02\x03\xe9")
 
     def test_length_stands_in_a_frame_in_its_shortest_form(self) -> None:
         """The length of the text takes one, three or nine bytes."""

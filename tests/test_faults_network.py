@@ -3,15 +3,26 @@
 SEED repeats a failure; LONG_TESTS=1 takes the full time.
 """
 
+import asyncio
+import contextlib
+import random
 import socket
 from collections.abc import Awaitable, Callable
-from functools import partial
 from typing import Any
 from unittest import mock
 
-from tests.faults import TEXT, Proxy, frame, frame_head
-from tests.scenarios import LONG, FaultCase, LosingServer, Pair, churn, more, scene, storm
-from tests.support import Recorder, following, until
+from tornado.httpserver import HTTPServer
+from tornado.testing import bind_unused_port
+
+from server import make_app
+from tests.faults import BYTEWISE, LATE, SLOW, TEXT, TRICKLE, WHOLE, Proxy, frame
+from tests.scenarios import OURS, Count, FaultCase, LosingServer, Pair, have, newest, scene, storm
+from tests.support import LONG, Recorder, following, hurried, new_handler, until, url_at
+
+
+async def more(client: Recorder) -> None:
+    """Wait until a client has a number that it has not got yet."""
+    await have(newest(client) + 1, client)
 
 
 class LinkTests(FaultCase):
@@ -20,8 +31,7 @@ class LinkTests(FaultCase):
     async def asyncSetUp(self) -> None:
         await super().asyncSetUp()
         self.scene = await self.enterAsyncContext(scene())
-        self.proxy = Proxy(self.scene.url)
-        self.addAsyncCleanup(self.proxy.aclose)
+        self.proxy = await self.enterAsyncContext(contextlib.aclosing(Proxy(self.scene.url)))
         self.client = Recorder(self.proxy.url)
         await self.enterAsyncContext(following(self.client))
         self.enterContext(self.scene.flowing())
@@ -31,76 +41,81 @@ class LinkTests(FaultCase):
         for fault in faults:
             await more(self.client)
             await fault()
-        self.proxy.whole()
+        self.proxy.pace = WHOLE
         self.assert_each_once(await self.scene.count(self.client))
 
     async def test_reset(self) -> None:
-        """A connection that is reset costs no sample."""
-        await self.survives(*10 * [self.proxy.reset])
+        """A connection that is reset costs no sample, also if it has stood still before."""
+        await self.survives(*10 * [self.proxy.reset], *3 * [self.proxy.stall])
 
     async def test_closed_without_a_close_frame(self) -> None:
-        """A connection that is closed without a Close frame costs no sample."""
-        await self.survives(*10 * [self.proxy.close])
+        """A connection that just ends costs no sample, also in the middle of a frame."""
+        await self.survives(*10 * [self.proxy.close, self.proxy.cut])
 
-    async def test_cut_in_a_frame(self) -> None:
-        """Half a message is not counted, and comes again."""
-        await self.survives(*10 * [self.proxy.cut])
-
-    async def test_stall(self) -> None:
-        """A link that stands still, and is then reset, costs no sample."""
-        await self.survives(*3 * [self.proxy.stall])
-
-    async def test_trickle(self) -> None:
-        """A slow link that breaks costs no sample."""
-        self.proxy.trickle()
-        self.scene.send(3_000)
-        await self.survives(self.proxy.reset, self.proxy.cut)
-
-    async def test_one_byte_segments(self) -> None:
-        """A client gets every sample though each byte comes by itself."""
-        self.proxy.bytewise()
-        await self.survives(*10 * [self.proxy.cut])
-
-    async def test_latency(self) -> None:
-        """A late link that breaks costs no sample."""
-        self.proxy.late()
-        await self.survives(*4 * [self.proxy.reset])
+    async def test_slow_link(self) -> None:
+        """A link that trickles, is late, or passes single bytes, and breaks, costs no sample."""
+        for pace in (TRICKLE, LATE, BYTEWISE):
+            self.proxy.pace = pace
+            await self.survives(*3 * [self.proxy.reset, self.proxy.cut])
 
     async def test_broken_frames_of_a_server(self) -> None:
-        """A frame that breaks the rules, or announces 11 MiB, ends its connection, and no more."""
+        """A frame that breaks the rules, or has more than 10 MiB, ends its connection, no more."""
         opcode, text = frame(3, b"x", masked=False), frame(TEXT, b'["\xff"]', masked=False)
-        huge = frame_head(TEXT, 11 * 2**20, masked=False)
-        await self.survives(*(partial(self.proxy.forge, data) for data in (opcode, text, huge)))
+        begin_of_11_mib = frame(TEXT, bytes(11 * 2**20), masked=False)[:100]
+        for data in (opcode, text, begin_of_11_mib):
+            await more(self.client)
+            await self.proxy.forge(data)
+        await self.survives()
         self.assertEqual(len(self.proxy.streams), 4)
 
     async def test_backlog_that_no_connection_lives_for(self) -> None:
         """A client that is far behind gets further on each connection, however short."""
-        self.proxy.trickle()
+        self.proxy.pace = TRICKLE
         self.scene.send(9_000)
         for _ in range(3):
             await self.proxy.reset()
-            before = self.client.position
-            await until(lambda: self.proxy.passed == 0, lambda: self.proxy.passed)
+            before, self.proxy.passed = self.client.position, 0
             await until(lambda: self.proxy.passed > 10_000, lambda: self.proxy.passed)
             self.assertGreater(self.client.position, before)
         await self.survives()
 
-
-class LocalhostTests(FaultCase):
     async def test_localhost(self) -> None:
-        """A client finds a server that listens on only one of the addresses of localhost."""
+        """A client finds a server that listens on only the second address of localhost."""
         real = socket.getaddrinfo
 
-        def resolve(host: str, *arguments: Any, **options: Any) -> list[Any]:
-            hosts = ["::1", "127.0.0.1"] if host == "localhost" else [host]
-            return [found for host in hosts for found in real(host, *arguments, **options)]
+        def both(host: str, *arguments: Any, **options: Any) -> list[Any]:
+            return [*real("::1", *arguments, **options), *real("127.0.0.1", *arguments, **options)]
 
-        self.enterContext(mock.patch("socket.getaddrinfo", resolve))
-        for address in ("127.0.0.1", "::1") if socket.has_dualstack_ipv6() else ("127.0.0.1",):
-            async with scene(address=address) as here:
-                port = here.url.split(":")[-1]  # with the path
-                async with following(client := Recorder(f"ws://localhost:{port}")):
-                    self.assert_each_once(await here.count(client))
+        client = Recorder(self.scene.url.replace("127.0.0.1", "localhost"))
+        with mock.patch("socket.getaddrinfo", both):
+            async with following(client):
+                self.assert_each_once(await self.scene.count(client))
+
+
+class LateJoinerTests(FaultCase):
+    """A client that comes late, over a link of 50 kB/s, on a clock that runs faster."""
+
+    def test_long_samples(self) -> None:
+        """Samples of 20 kB come on one connection: no ping waits too long behind a message."""
+        with hurried(10) as runner:
+            runner.run(self.join())
+
+    async def join(self) -> None:
+        """Get samples for more than 20 s: by then, a ping without an answer ends a connection."""
+        app = make_app(handler := new_handler())
+        handler.send_message(["x" * 20_000] * 60)
+        listener, port = bind_unused_port()
+        # Otherwise the queue of the kernel may hold a ping back for 7 s.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**14)
+        server = HTTPServer(app)
+        server.add_socket(listener)
+        async with contextlib.aclosing(Proxy(url_at(port))) as proxy:
+            proxy.pace = SLOW
+            async with following(client := Recorder(proxy.url)):
+                await until(lambda: client.position == 60, lambda: client.position)
+            self.assertEqual(len(proxy.streams), 1)
+        server.stop()
+        await until(lambda: not handler.clients)
 
 
 class ManyClientsTests(FaultCase):
@@ -119,20 +134,32 @@ class ManyClientsTests(FaultCase):
         self.assertGreater(count.lost, 0)
         self.assertEqual((count.doubled, count.unsaid), (0, 0), count)
 
-    async def test_churn(self) -> None:
-        """Clients that leave and come back get every number once."""
-        self.assert_each_once(await churn(visits=100 if LONG else 10))
-
-
-class PositiveControlTests(FaultCase):
-    """The same with a server that loses numbers on purpose: it must show."""
-
-    async def test_storm(self) -> None:
-        """A storm shows what is lost."""
-        count = await storm(Pair(LosingServer), clients=5, numbers=500, connections=3)
+    async def test_positive_control_of_flapping(self) -> None:
+        """With a server that loses numbers on purpose, it shows."""
+        count = await storm(Pair(LosingServer), numbers=500, connections=2)
         self.assertRaises(AssertionError, self.assert_each_once, count)
 
-    async def test_churn(self) -> None:
-        """A churn shows what is lost."""
-        count = await churn(Pair(LosingServer), clients=5, visits=10)
+    async def test_leaving_and_coming_back(self) -> None:
+        """Clients that stop at any moment, and go on later, get every number once."""
+        self.assert_each_once(await self.churn(OURS, 20, visits=100 if LONG else 10))
+
+    async def test_positive_control_of_leaving(self) -> None:
+        """With a server that loses numbers on purpose, it shows."""
+        count = await self.churn(Pair(LosingServer), 5, visits=10)
         self.assertRaises(AssertionError, self.assert_each_once, count)
+
+    async def churn(self, pair: Pair, clients: int, visits: int) -> Count:
+        """Let clients come and leave so many times, and count what they have got in the end."""
+
+        async def visit(client: Recorder) -> None:
+            for _ in range(visits):
+                async with following(client):
+                    await more(client)
+                await asyncio.sleep(random.uniform(0, 0.1))  # away
+
+        async with scene(pair) as here:
+            visitors = [pair.client(here.url) for _ in range(clients)]
+            with here.flowing():
+                await asyncio.gather(*map(visit, visitors))
+            async with following(*visitors):
+                return await here.count(*visitors)

@@ -12,38 +12,41 @@ import sys
 import tempfile
 import unittest
 from collections.abc import Coroutine
-from functools import partial
 from pathlib import Path
-from subprocess import DEVNULL
 from typing import Any
 
 from tornado.iostream import StreamClosedError
 
-from tests import scenarios
+from tests import support
 from tests.faults import answer, raw_client, request
 from tests.measurements.faults import memory, never_reading
-from tests.scenarios import LONG, FaultCase, have, own_port, scene, url_at
-from tests.support import PATIENCE, Recorder, following, running, until, url_of
-from tests.test_client import hurried
+from tests.scenarios import (
+    OURS,
+    FaultCase,
+    LosingServer,
+    Pair,
+    have,
+    number_server,
+    restarts,
+    scene,
+)
+from tests.support import LONG, Recorder, following, own_port, running, until, url_at
 
-HERE = "--address", "127.0.0.1"
 needs_proc = unittest.skipUnless(sys.platform == "linux", "reads /proc, which only Linux has")
 needs_posix = unittest.skipIf(os.name == "nt", "Windows has no such signals and limits")
 
 
-@needs_posix
 class RestartTests(FaultCase):
-    """Servers that end and come back, with clients that follow every run."""
-
+    @needs_posix
     async def test_restarts(self) -> None:
-        """Of each run, a client has every number up to the last that it has got."""
+        """Of each run of a server, a client has every number up to the last that it has got."""
         signals = (signal.SIGKILL, signal.SIGTERM) * (5 if LONG else 1)
-        self.assert_each_once(await scenarios.restarts(scenarios.OURS, *signals, clients=20))
+        self.assert_each_once(await restarts(OURS, *signals, clients=20))
 
+    @needs_posix
     async def test_positive_control(self) -> None:
         """With a server that loses numbers on purpose, it shows."""
-        losing = scenarios.Pair(scenarios.LosingServer)
-        count = await scenarios.restarts(losing, signal.SIGKILL)
+        count = await restarts(Pair(LosingServer), signal.SIGKILL)
         self.assertRaises(AssertionError, self.assert_each_once, count)
 
 
@@ -51,41 +54,41 @@ class SilenceTests(FaultCase):
     """Peers that fall silent are given up after 10 to 25 s, here on a clock that runs faster."""
 
     def run_faster(self, program: Coroutine[Any, Any, None]) -> None:
-        with asyncio.Runner(loop_factory=partial(hurried, 20)) as runner:
-            runner.run(asyncio.wait_for(program, 20 * PATIENCE))
+        with support.hurried(20) as runner:
+            runner.run(asyncio.wait_for(program, 20 * support.PATIENCE))
 
-    def test_silent_client(self) -> None:
+    def test_client(self) -> None:
         """A server drops who sends no request, half a head, half a body, or answers no ping."""
-        head, body = request()[:-2], request("Content-Length: 9999", method="POST")
-        for data, one_a_second in ((b"", b""), (head, b"x"), (body, b"x"), (request(), b"")):
-            with self.subTest(data):
-                self.run_faster(self.dropped(data, one_a_second))
+        for silent in (b"", request()):
+            self.run_faster(self.dropped(silent))
+        for slow in (request()[:-2], request("Content-Length: 9999", method="POST")):
+            self.run_faster(self.dropped(slow, one_a_second=b"x"))
 
-    async def dropped(self, data: bytes, one_a_second: bytes) -> None:
+    async def dropped(self, data: bytes, one_a_second: bytes = b"") -> None:
         """Send this, then perhaps a byte a second, until the server closes the connection."""
-        async with scene() as here:
-            async with raw_client(here.url, data) as peer:
-                end = asyncio.ensure_future(peer.read_until_close())
-                while not end.done():
-                    here.send(1)
-                    with contextlib.suppress(StreamClosedError):
-                        await peer.write(one_a_second)
-                    await asyncio.sleep(1)
+        async with scene() as here, raw_client(here.url, data) as peer:
+            end = asyncio.ensure_future(peer.read_until_close())
+            while not end.done():
+                here.send(1)
+                with contextlib.suppress(StreamClosedError):
+                    await peer.write(one_a_second)
+                await asyncio.sleep(1)
             self.assert_each_once(await here.count())
 
-    def test_half_an_answer(self) -> None:
-        """A server that answers half, and is silent then, is given up and tried again."""
+    def test_server(self) -> None:
+        """A server that answers nothing, or half, is given up, and tried again."""
+        for half in (b"", b"HTTP/1.1 101 Switching Prot"):
+            self.run_faster(self.tried_again(half))
 
-        async def follow() -> None:
-            loop = asyncio.get_running_loop()
-            with socket.create_server(("127.0.0.1", 0)) as listener:
-                listener.setblocking(False)
-                async with following(Recorder(url_at(listener.getsockname()[1]))):
-                    for _ in range(2):
-                        peer = self.enterContext((await loop.sock_accept(listener))[0])
-                        await loop.sock_sendall(peer, b"HTTP/1.1 101 Switching Prot")
-
-        self.run_faster(follow())
+    async def tried_again(self, half: bytes) -> None:
+        """Answer so, and be silent then, until the client has come a second time."""
+        loop = asyncio.get_running_loop()
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            listener.setblocking(False)
+            async with following(Recorder(url_at(listener.getsockname()[1]))):
+                for _ in range(2):
+                    peer = self.enterContext((await loop.sock_accept(listener))[0])
+                    await loop.sock_sendall(peer, half)
 
 
 class ResourceTests(FaultCase):
@@ -99,11 +102,12 @@ class ResourceTests(FaultCase):
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # of this process, the clients'
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
         self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
-        limited = "/bin/sh", "-c", 'ulimit -n 1024; exec "$@"', "sh", sys.executable, "server.py"
+        limited = "/bin/sh", "-c", 'ulimit -n 1024; exec "$@"', "sh", sys.executable
         url = url_at(port := self.enterContext(own_port()))
+        server = "server.py", "--address", "127.0.0.1", "--port", str(port)
         clients = [Recorder(url) for _ in range(900)]
         log = self.enterContext(tempfile.TemporaryFile("w+"))
-        with running(*limited, *HERE, "--port", str(port), python=False, stderr=log):
+        with running(*limited, *server, python=False, stderr=log):
             async with following(*clients), contextlib.AsyncExitStack() as silent:
                 await until(lambda: all(client.position for client in clients))
                 for _ in range(110):
@@ -128,20 +132,17 @@ class ResourceTests(FaultCase):
     @needs_proc
     async def test_connections_made_and_dropped(self) -> None:
         """They leave no descriptor open, and 26,000 of them at most 4 MB of memory."""
-
-        async def visit() -> None:
-            async with raw_client(control.url, request()) as peer:
-                await peer.read_until(b"\r\n\r\n")
-
         port, sizes = self.enterContext(own_port()), []
-        with running("server.py", *HERE, "--port", str(port), stderr=DEVNULL) as process:
+        url = url_at(port)
+        with number_server(OURS.handler, port) as process:
             files = Path(f"/proc/{process.pid}/fd")
-            async with following(control := Recorder(url_at(port))):
-                await until(lambda: control.samples)
+            async with following(control := Recorder(url)):
+                await have(0, control)
                 before = len([*files.iterdir()])
                 for number in (3_000, 26_000) if LONG else (200, 300):
                     for _ in range(number // 50):
-                        await asyncio.gather(*(visit() for _ in range(50)))
+                        visits = [answer(url, request(), then_end=True) for _ in range(50)]
+                        self.assertEqual(await asyncio.gather(*visits), 50 * ["dropped"])
                     await until(lambda: len([*files.iterdir()]) == before)
                     sizes.append(memory(process))
         self.assertLess(sizes[1], sizes[0] + 4)  # the first are what the heap needs
@@ -157,8 +158,9 @@ class ResourceTests(FaultCase):
                 return n
             server.RandomBernoulli.sample = sample
             server.run(server.main())"""
-        with running("-c", code, *HERE, "--port", "0", "--interval", "10") as process:
-            async with following(client := Recorder(await asyncio.to_thread(url_of, process))):
+        with running("-c", code, "--port", "0", "--interval", "10") as process:
+            url = await asyncio.to_thread(support.url_of, process)
+            async with following(client := Recorder(url)):
                 await have(80, client)
         self.assertEqual((client.samples, client.missed), ([*range(client.position)], 0))
 

@@ -1,17 +1,13 @@
 """The programs that measure run, at a tiny size. What the numbers are, the machine decides."""
 
-import asyncio
 import math
 import tempfile
 import unittest
-from pathlib import Path
-from unittest import mock
 from xml.etree import ElementTree
 
 from tests.measurements.benchmark import PARTS, PRESENT
 from tests.measurements.chart import draw
 from tests.measurements.contestants import CONTESTANTS
-from tests.measurements.measuring import Server
 from tests.measurements.report import PYTHON, Row, take_turns
 from tests.support import running
 
@@ -30,37 +26,27 @@ class MeasurementTests(unittest.TestCase):
                 with self.subTest(part=title, row=row.label):
                     self.assertEqual(values.keys(), part.whom.keys())
                     self.assertTrue(all(math.isfinite(number) for (number,) in values.values()))
-        for name in CONTESTANTS.keys() - PRESENT.keys():
-            with self.subTest(contestant=name):
-                self.skipTest(f"{name} is not installed")
+        if absent := CONTESTANTS.keys() - PRESENT.keys():
+            self.skipTest(f"not installed, and so not measured: {', '.join(absent)}")
 
     def test_table_names_the_python_and_a_sentence_tells_of_the_machine(self) -> None:
-        """The program prints the versions, a table of the parts that are named, and a sentence."""
+        """The program prints a table of the parts that are named, and a sentence."""
         lines = self.benchmark("threads", "late-joiner").splitlines()
         heading, *rows = [line for line in lines if line.startswith("| ")]
         self.assertEqual((heading, len(rows)), (f"| {PYTHON} | ours |", 3))
         self.assertRegex(lines[-1], "^An empty loop .*[0-9.]+ s before .*[0-9.]+ s after")
 
     def test_chart_is_an_svg(self) -> None:
-        """The program draws its chart into the file that is named."""
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder, "lateness.svg")
-            self.benchmark("--chart", str(file))
-            self.assertTrue(ElementTree.parse(file).findall("{*}polyline"))
-            self.assertLess(file.stat().st_size, 30_000)
+        """The program draws into the file that is named."""
+        with tempfile.NamedTemporaryFile() as file:
+            self.benchmark("--chart", file.name)
+            self.assertTrue(ElementTree.parse(file.name).findall("{*}polyline"))
 
     def test_curve_ends_where_a_sample_is_too_late(self) -> None:
         """The last point of a curve is the first that was not waited for."""
         svg = ElementTree.fromstring(draw({"": [(1, 0.1), (10, math.inf), (100, math.inf)]}, 20))
         (curve,) = svg.findall("{*}polyline")
         self.assertEqual(len(curve.attrib["points"].split()), 2)
-
-    def test_cost_counts_until_the_last_sample_has_arrived(self) -> None:
-        """A source that is too fast is not done before all that it gave is delivered."""
-        server = mock.AsyncMock()
-        asyncio.run(Server.pour(server, 1_000, 0.01, 1))
-        sends = [mock.call.send([1])] * 9 + [mock.call.send([0])]
-        self.assertEqual(server.mock_calls, [*sends, mock.call.delivered.wait()])
 
     def test_cell_has_the_median_and_the_ratio_to_ours(self) -> None:
         """The ratio is the median of the ratios, round by round."""

@@ -1,217 +1,175 @@
-"""What README.md and the READMEs below it state: programs, names, numbers, transcripts, links.
+"""What README.md and the READMEs below it state: code, names, numbers, transcripts, links.
 
 What the recipes do is tested beside them; what the tables of measurements say is not tested.
 """
 
+import ast
 import asyncio
 import inspect
-import math
 import re
-import textwrap
 import unittest
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
-from tornado.web import Application
+from tornado.web import RequestHandler
 
 import client
 import server
 from client import BetaBinomial, WebSocketClient
 from server import Stream, WebSocketServer, make_app
-from tests.support import (
-    PATIENCE,
-    ROOT,
-    QuietCase,
-    Recorder,
-    following,
-    line_with,
-    running,
-    serving,
-    until,
-    url_of,
-)
+from tests.support import ROOT, QuietCase, Recorder, following, running, serving, until, url_of
 
+RECIPES = ROOT / "tests" / "recipes"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-READMES = [ROOT / "README.md", *sorted((ROOT / "tests").rglob("README.md"))]
-INDEX = (ROOT / "tests" / "recipes" / "README.md").read_text(encoding="utf-8")
-SOURCE, MODEL, SCRIPT, ASYNCIO = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-TWO, OWN, LAST, SLOW, THOUSAND, NEW = re.findall(r"```python\n(.*?)```", INDEX, re.DOTALL)
+INDEX = (RECIPES / "README.md").read_text(encoding="utf-8")
 
 
-class ProgramTests(QuietCase):
-    def test_source_and_model_of_ones_own(self) -> None:
+def code_of(text: str) -> list[str]:
+    """Return the Python blocks, unchanged but for the port, for which any free one is taken."""
+    with_any_port = text.replace("serve(app)", "serve(app, 0)")
+    return re.findall(r"```python\n(.*?)```", with_any_port, re.DOTALL)
+
+
+SOURCE, MODEL, SCRIPT, ASYNCIO = code_of(README)
+TWO, OWN, LAST, SLOW, THOUSAND, NEW = code_of(INDEX)
+
+
+async def run_block(block: str, **given: Any) -> SimpleNamespace:
+    """Run a block as a notebook does, where `await` may stand anywhere, and return its names.
+
+    The block can use what is given, and every name of the two scripts.
+    """
+    names = vars(server) | vars(client) | given
+    code = compile(block, "README.md", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    if coroutine := eval(code, names):  # None, if there is no `await` in the block
+        await coroutine
+    return SimpleNamespace(**names)
+
+
+class MakeItYoursTests(QuietCase):
+    def test_source_and_model(self) -> None:
         """The source sends its prices, and the model follows them."""
         with (
-            running("-c", SOURCE.replace("serve(app) ", "serve(app, 0) ")) as source,
+            running("-c", SOURCE) as source,
             running("-c", MODEL, "--url", url_of(source)) as model,
         ):
             assert model.stdout
-            lines = (model.stdout.readline() for _ in range(PATIENCE))
-            self.assertIn("highest 101.7  missed 0\n", lines)
+            self.assertIn("highest 101.7  missed 0\n", model.stdout)
 
-    def test_a_source_that_fails_ends_the_server(self) -> None:
+    def test_source_that_fails(self) -> None:
         """An exception in play ends the program with its traceback and status 1."""
-        with running(
-            "-c", SOURCE.replace("101.4", "1 / 0").replace("serve(app) ", "serve(app, 0) ")
-        ) as source:
-            line_with(source, "ZeroDivisionError")
-            self.assertEqual(source.wait(), 1)
+        with running("-c", SOURCE.replace("101.4", "1 / 0")) as source:
+            self.assertIn("ZeroDivisionError", source.communicate()[1])
+        self.assertEqual(source.returncode, 1)
 
-    def test_two_programs_import_nothing_they_run(self) -> None:
-        """Both programs do nothing when a process pool imports them."""
-        for program in (SOURCE, MODEL):
-            self.assertIn('if __name__ == "__main__":', program)
-
-    async def test_client_in_a_script(self) -> None:
-        """start, stop and connected do what the lines say."""
-        app = make_app()
-        async with serving(app) as url:
-            WebSocketServer.send_message([101.5])
-            names: dict[str, object] = {}
-            exec(MODEL, {"__name__": "model"}, names)  # noqa: S102
-            begin, _, end = SCRIPT.partition("...")
-            exec(begin.replace("ws://localhost:8765/websocket", url), names)  # noqa: S102
-            follower = names["client"]
-            assert isinstance(follower, WebSocketClient)
-            await until(lambda: follower.position == 1, lambda: follower.position)
-            self.assertTrue(follower.connected)
-            await asyncio.to_thread(exec, end.partition("\n")[2], names)
-            self.assertFalse(follower.connected)
-
-    async def test_client_in_an_asyncio_program(self) -> None:
-        """The group ends when the client is stopped in it."""
-        app = make_app()
-        async with serving(app) as url:
-            lines = ASYNCIO.replace("sleep(60)", "sleep(0.1)")
-            names = {"asyncio": asyncio, "client": WebSocketClient(url)}
-            code = f"async def program(client):\n{textwrap.indent(lines, '    ')}"
-            exec(code, names)  # noqa: S102
-            await names["program"](names["client"])  # type: ignore[operator]
+    async def test_client_in_a_program_of_ones_own(self) -> None:
+        """It follows the source in a thread, and then in an event loop, until it is stopped."""
+        model = await run_block(MODEL)
+        with running("-c", SOURCE) as source:
+            block = SCRIPT.replace("ws://localhost:8765/websocket", url_of(source))
+            block = block.replace("...", "await until(lambda: client.connected and client.price)")
+            script = await run_block(block, Highest=model.Highest, until=until)
+            self.assertFalse(script.client.connected)
+            block = ASYNCIO.replace("asyncio.sleep(60)", "until(lambda: client.position == 3)")
+            await run_block(block, client=script.client, until=until)
 
 
 class ShortAnswerTests(QuietCase):
-    def defined(self, code: str, name: str, **names: object) -> Any:
-        """Run the lines of a class, and return the class."""
-        names |= {"Any": Any, "WebSocketClient": WebSocketClient, "asyncio": asyncio}
-        names["WebSocketServer"] = WebSocketServer
-        exec(code, names)  # noqa: S102
-        return names[name]
-
     async def test_two_streams(self) -> None:
         """Both streams of the program have samples of their own."""
-        with running("-c", TWO.replace("serve(app)", "serve(app, 0)")) as process:
+        with running("-c", TWO) as process:
             url = url_of(process)
             usual, rare = Recorder(url), Recorder(url.replace("websocket", "rare"))
             async with following(usual, rare):
                 await until(lambda: usual.position > 1 and rare.position > 1)
-            self.assertNotEqual(usual.epoch, rare.epoch)
+        self.assertNotEqual(usual.epoch, rare.epoch)
 
     async def test_own_application_and_last_word(self) -> None:
-        """An application of one's own serves the stream, and its last word arrives."""
-        names = {"Application": Application, "Stream": Stream, "WebSocketServer": WebSocketServer}
-        own = OWN.replace("await serve(app)", "").replace('("/health", Health), ', "")
-        exec(own, names)  # noqa: S102
-        serving_code = textwrap.indent(LAST, "    ")
-        exec(f"import asyncio\nasync def last(serving):\n{serving_code}", names)  # noqa: S102
-        last: Any = names["last"]
-        app: Any = names["app"]
-        async with serving(app) as url, following(client := Recorder(url)):
-            await until(lambda: client.connected)
-            await last(asyncio.create_task(asyncio.sleep(0)))
-            await until(lambda: client.samples == ["the end"], lambda: client.samples)
+        """The application serves the stream, and a client gets the last word before the end."""
+        own = await run_block(OWN, Health=RequestHandler, serve=mock.AsyncMock())
+        async with serving(own.app) as url, following(follower := Recorder(url)):
+            await until(lambda: follower.connected)
+            await run_block(LAST, serving=mock.Mock(spec=asyncio.Task))
+            self.assertEqual([handler.position for handler in WebSocketServer.clients], [1])
+            await until(lambda: follower.samples == ["the end"])
 
     async def test_slow_work(self) -> None:
         """Each sample is worked on."""
         done: list[int] = []
-        slow = self.defined(SLOW, "SlowClient", work=done.append)
-        async with serving(make_app()) as url:
+        slow = await run_block(SLOW, work=done.append)
+        async with serving(make_app()) as url, following(slow.SlowClient(url)):
             WebSocketServer.send_message([*range(10)])
-            async with following(slow(url)):
-                await until(lambda: sorted(done) == [*range(10)], lambda: done)
+            await until(lambda: sorted(done) == [*range(10)], lambda: done)
 
-    async def test_exactly_1000_and_only_what_is_new(self) -> None:
-        """A client stops after 1,000 samples; a joiner of the other server gets no history."""
-        thousand = self.defined(THOUSAND, "Thousand")
-        only_new = self.defined(NEW, "OnlyNew")
-        async with serving(make_app(only_new)) as url:
-            only_new.send_message([*range(10)])
-            async with following(client := Recorder(url)):
-                await until(lambda: client.connected and client.epoch)
-                only_new.send_message([*range(10, 1_510)])
-                await until(lambda: client.position == 1_510, lambda: client.position)
-                self.assertEqual(client.samples, [*range(10, 1_510)])
-            first = thousand(url)
-            first.epoch, first.position = only_new.stream.epoch, 0
-            await first.run()
-            self.assertEqual((first.taken, first.position), ([*range(1_000)], 1_000))
+    async def test_exactly_1000_samples(self) -> None:
+        """The client takes a part of the second message, and stops."""
+        thousand = await run_block(THOUSAND)
+        async with serving(make_app()) as url:
+            WebSocketServer.stream.message_size = 600
+            WebSocketServer.send_message([*range(1_200)])
+            follower = thousand.Thousand(url)
+            await until(asyncio.create_task(follower.run()).done)
+        self.assertEqual((follower.taken, follower.position), ([*range(1_000)], 1_000))
+
+    async def test_only_what_is_new(self) -> None:
+        """A joiner gets no history; one who comes back goes on where it was."""
+        handler = (await run_block(NEW)).OnlyNew
+        async with serving(make_app(handler)) as url:
+            handler.send_message(["old"])
+            joiner, returning = Recorder(url), Recorder(url)
+            returning.epoch = handler.stream.epoch
+            async with following(joiner, returning):
+                await until(lambda: joiner.epoch and returning.samples)
+                handler.send_message(["new"])
+                await until(lambda: joiner.position == returning.position == 2)
+        self.assertEqual((joiner.samples, returning.samples), (["new"], ["old", "new"]))
 
 
 class StatementTests(unittest.TestCase):
-    def test_files_exist(self) -> None:
+    def test_files(self) -> None:
         """Every file that a README names or links to is in the tree."""
-        for readme in READMES:
+        for readme in (ROOT / "README.md", *(ROOT / "tests").rglob("README.md")):
             text = readme.read_text(encoding="utf-8")
-            links = set(re.findall(r"\]\((?!http)([^)#]+)\)", text))
-            files = set(re.findall(r"`(?:tests/)?([\w/]+\.(?:py|txt|html|js|png|svg))`", text))
-            for name in (links | files) - {"posterior.txt", "highest.py"}:
-                places = [readme.parent, ROOT, *(ROOT / "tests").glob("*/"), ROOT / "tests"]
-                found = [place for place in places if (place / name).exists()]
+            for link in re.findall(r"\]\((?!http)([^)#]+)", text):
+                self.assertTrue((readme.parent / link).exists(), f"{link} in {readme}")
+            names = re.findall(r"`(?:tests/)?([\w/]+\.(?:py|txt|html|js|png|svg))`", text)
+            for name in set(names) - {"prices.py", "highest.py", "posterior.txt"}:
+                found = [*ROOT.glob(name), *(ROOT / "tests").rglob(name)]
                 self.assertTrue(found, f"{name} in {readme}")
 
-    def test_recipes_have_a_row(self) -> None:
-        """The index names every recipe that can be run, and README no other."""
-        index = (ROOT / "tests" / "recipes" / "README.md").read_text(encoding="utf-8")
-        files = {path.stem for path in (ROOT / "tests" / "recipes").glob("*.py")} - {"__init__"}
-        self.assertEqual(set(re.findall(r"\]\((\w+)\.py\)", index)), files)
-        self.assertLessEqual(set(re.findall(r"tests/recipes/(\w+)\.py", README)), files)
-        self.assertLessEqual(len(files), 20)
+    def test_recipes(self) -> None:
+        """The index links to every recipe; README says that there are twenty."""
+        recipes = {path.name for path in RECIPES.glob("*.py")} - {"__init__.py"}
+        self.assertEqual(set(re.findall(r"\]\((\w+\.py)\)", INDEX)), recipes)
+        self.assertEqual(len(recipes), 20)
 
-    def test_options_exist(self) -> None:
-        """Every option after server.py or client.py is one of that script."""
-        for script, module in (("server.py", server), ("client.py", client)):
-            source = inspect.getsource(module.main)
-            used = re.findall(rf"{re.escape(script)}((?: --\w+ [^\s`]+)+)", README)
-            options = re.findall(r"--\w+", "".join(used))
-            self.assertTrue(options)
-            for option in options:
-                self.assertIn(f'"{option}"', source)
+    def test_options(self) -> None:
+        """Every option of a command that README shows is one of that script."""
+        for script in (server, client):
+            commands = re.findall(rf"{script.__name__}\.py (--[^`]*)`", README)
+            shown = re.findall(r"--\w+", " ".join(commands))
+            self.assertTrue(shown)
+            options = re.findall(r'"(--\w+)"', inspect.getsource(script.main))
+            self.assertLessEqual(set(shown), set(options))
 
-    def test_names_exist(self) -> None:
-        """Each public name of the two scripts has a row in the table, and no other name has."""
-        rows = re.findall(r"^\| (`.*?`) \| `(\w+)\.py` \|", README, re.MULTILINE)
-        for module in (server, client):
-            public = {
-                name
-                for name, thing in vars(module).items()
-                if getattr(thing, "__module__", "") == module.__name__ and name[0] != "_"
-            }
-            named = {
-                name
-                for names, file in rows
-                for name in re.findall(r"\w+", names)
-                if file == module.__name__
-            }
-            self.assertEqual(named, public)
+    def test_names(self) -> None:
+        """Each class and function of the scripts has a row in the table, and no other name has."""
+        for script in (server, client):
+            rows = re.findall(rf"^\| (.*) \| `{script.__name__}\.py` \|", README, re.MULTILINE)
+            source = inspect.getsource(script)
+            defined = re.findall(r"^(?:class|def|async def) (\w+)", source, re.MULTILINE)
+            self.assertCountEqual(re.findall(r"\w+", " ".join(rows)), defined)
 
     def test_numbers(self) -> None:
-        """The sizes, the true p, the URL and the waits between tries are those of the code."""
+        """The sizes, the waits between tries and the standard deviation are those of the code."""
+        wait = WebSocketClient("ws://localhost/").retry_delay
         prose = " ".join(README.split())
         self.assertIn(f"the newest {Stream.history_size:,} samples", prose)
         self.assertIn(f"at most {Stream.message_size:,} samples in a message", prose)
         self.assertIn(f"`max_clients` is {WebSocketServer.max_clients}", prose)
-        self.assertIn("around the true 0.72", prose)
-        self.assertIn("default=0.72", inspect.getsource(server.main))
-        self.assertIn('default="ws://localhost:8765/websocket"', inspect.getsource(client.main))
-        delay = inspect.signature(WebSocketClient).parameters["retry_delay"].default
-        waits = [min(30, delay * 2**attempt) for attempt in range(5)]
-        self.assertIn("up to {} s, then {}, {}, {}, {}".format(*waits), prose)
-
-    def test_statistics(self) -> None:
-        """The formulas, and the sd after 600 trials, are what BetaBinomial gives."""
-        a, b = posterior = BetaBinomial().update([1] * 432 + [0] * 168)
-        self.assertEqual(posterior, (1 + 432, 1 + 600 - 432))
-        self.assertAlmostEqual(posterior.sd, math.sqrt(a * b / ((a + b) ** 2 * (a + b + 1))))
-        self.assertIn(f"about {posterior.sd:.3f}", " ".join(README.split()))
+        self.assertIn(f"up to {wait} s, then {2 * wait}, {4 * wait}, {8 * wait}, 30", prose)
+        self.assertIn(f"the sd is about {BetaBinomial(1 + 432, 1 + 168).sd:.3f}", prose)
 
     def test_transcripts(self) -> None:
         """Each line of the transcripts is one that the client prints for these counts."""
@@ -221,19 +179,3 @@ class StatementTests(unittest.TestCase):
         for line, alpha, beta in lines:
             shown.posterior = BetaBinomial(int(alpha), int(beta))
             self.assertEqual(line, str(shown))
-
-    def test_promise(self) -> None:
-        """The promise stands there in its exact words."""
-        promise = (
-            "Within one run of the server, each sample is counted exactly once while the history "
-            "covers the gap; otherwise the client says how many it missed. When the server has "
-            "begun anew, the client says that too."
-        )
-        self.assertIn(promise, " ".join(README.split()))
-
-    def test_scripts_stand_alone(self) -> None:
-        """Neither script imports the other, and requirements.txt has only Tornado."""
-        for name, other in (("server.py", "client"), ("client.py", "server")):
-            source = Path(ROOT / name).read_text(encoding="utf-8")
-            self.assertNotRegex(source, rf"(?m)^(from|import) {other}")
-        self.assertRegex((ROOT / "requirements.txt").read_text(), r"^tornado[^\n]*\n$")

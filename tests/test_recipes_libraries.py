@@ -1,89 +1,75 @@
 """The recipes with other people's libraries: river, Jupyter, and other WebSocket clients."""
 
 import importlib
-import importlib.util
 import random
 import re
-import signal
-import unittest
-from collections.abc import Callable
 from subprocess import DEVNULL
 from typing import Any
-from unittest import mock
 
 from tornado.ioloop import PeriodicCallback
 
 from client import BetaBinomial
 from tests.recipes import changing_coin
-from tests.recipes.changing_coin import ChangeClient
 from tests.recipes.other_libraries import Position
-from tests.support import PATIENCE, ROOT, running, url_of
-from tests.test_recipes_clients import URL, RecipeCase
+from tests.support import PATIENCE, ROOT, needs
+from tests.test_recipes_sources import URL, RecipeCase
 from tests.test_rule import message
-
-
-def needs(*modules: str) -> Callable[[Any], Any]:
-    """Skip a test where one of these modules is missing."""
-    found = all(importlib.util.find_spec(module) for module in modules)
-    return unittest.skipUnless(found, f"needs {', '.join(modules)}: see tests/requirements.txt")
-
-
-def tosses(seed: int) -> list[int]:
-    """Toss a coin whose p changes from 0.3 to 0.7 after 1,000 samples, always in the same way."""
-    coin = random.Random(seed)
-    return coin.choices([0, 1], [7, 3], k=1000) + coin.choices([0, 1], [3, 7], k=500)
 
 
 @needs("river")
 class ChangeClientTests(RecipeCase):
-    def take(self, client: ChangeClient, samples: list[Any], **fails: Any) -> list[int]:
-        """Hand samples over as the next ones, and return the offsets that are in the log."""
-        with mock.patch.object(changing_coin.logger, "warning", **fails) as warning:
-            client.position += len(samples)
-            client.on_message(samples)
-        return [call.args[1] for call in warning.call_args_list]
+    def setUp(self) -> None:
+        super().setUp()
+        self.client = changing_coin.ChangeClient(URL)
+
+    def take(self, samples: list[Any]) -> None:
+        """Hand samples over as the next ones."""
+        self.client.position += len(samples)
+        self.client.on_message(samples)
 
     def test_change_is_noticed(self) -> None:
         """A step from 0.3 to 0.7 is noticed within 200 samples, and nothing where there is none."""
         for seed in range(20):
-            samples, client = tosses(seed), ChangeClient(URL)
-            self.assertEqual(self.take(client, samples[:900]), [])
-            [noticed] = self.take(client, samples[900:])
-            self.assertIn(noticed, range(1000, 1200))
-            self.assertEqual(client.posterior, BetaBinomial().update(samples[noticed + 1 :]))
-
-    def test_failure_on_the_way(self) -> None:
-        """It changes nothing, so the same samples can come again."""
-        client = ChangeClient(URL)
-        self.assertRaises(OSError, self.take, client, tosses(0), side_effect=OSError)
-        self.assertEqual((client.posterior, client.detector.width), (BetaBinomial(), 0))
+            self.client = changing_coin.ChangeClient(URL)
+            coin = random.Random(seed)
+            samples = coin.choices([0, 1], [7, 3], k=1000) + coin.choices([0, 1], [3, 7], k=500)
+            with self.assertNoLogs("client"):
+                self.take(samples[:1000])
+            with self.assertLogs("client") as logged:
+                self.take(samples[1000:])
+            [line] = logged.output
+            noticed = int(line.removeprefix("WARNING:client:noticed a change at sample "))
+            self.assertLess(noticed, 1200)
+            self.assertEqual(self.client.posterior, BetaBinomial().update(samples[noticed + 1 :]))
 
     def test_new_run_and_bad_sample(self) -> None:
         """At a new run posterior and detector begin anew; what is not 0 or 1 is left out."""
-        client = ChangeClient(URL)
-        client.epoch = "first"
-        self.take(client, [1] * 20)
-        client.epoch = "second"
-        self.assertEqual(self.take(client, [0, 2, 0]), [21])
-        self.assertEqual((client.posterior, client.detector.width), (BetaBinomial(1, 3), 2))
+        self.client.epoch = "first"
+        self.take([1] * 20)
+        self.client.epoch = "second"
+        with self.assertLogs("client") as logged:
+            self.take([0, 2, 0])
+        self.assertIn("refused sample 21", logged.output[0])
+        self.assertEqual(self.client.posterior, BetaBinomial(1, 3))
+        self.assertEqual(self.client.detector.width, 2)
 
-    async def test_both_roles(self) -> None:
+    async def test_both_programs(self) -> None:
         """The client says where it noticed that the coin of the server has changed."""
         coin = "--p=0", "--then=1", "--after=200", "--interval=1", "--port=0"
-        server = running("-m", "tests.recipes.changing_coin", "server", *coin)
-        url = url_of(self.enterContext(server))
-        with self.recipe("changing_coin", "client", "--url", url) as client:
-            await self.shows("noticed a change at sample 2")
-            client.send_signal(signal.SIGINT)
-            await self.ends(client)
+        with self.recipe("changing_coin", "server", *coin) as server:
+            url = await self.url_of(server)
+            with self.recipe("changing_coin", "client", "--url", url) as client:
+                await self.shows(client, "noticed a change at sample 2")
+                await self.interrupt(client)
 
 
 @needs("ipykernel", "jupyter_client", "matplotlib")
 class NotebookTests(RecipeCase):
-    async def start_kernel(self) -> None:
+    async def asyncSetUp(self) -> None:
         """Start a kernel, and a client of it."""
+        await super().asyncSetUp()
         manager = importlib.import_module("jupyter_client.manager").AsyncKernelManager
-        kernel = manager(transport="ipc", connection_file=str(self.path))
+        kernel = manager(transport="ipc", connection_file=str(self.folder / "connection"))
         options = [f"--ipython-dir={self.folder}"]
         await kernel.start_kernel(extra_arguments=options, cwd=str(ROOT), stderr=DEVNULL)
         self.addAsyncCleanup(kernel.shutdown_kernel, now=True)
@@ -106,7 +92,6 @@ class NotebookTests(RecipeCase):
 
     async def test_notebook(self) -> None:
         """The picture moves while another cell runs, until the sd is small; then it begins anew."""
-        await self.start_kernel()
         text = (ROOT / "tests" / "recipes" / "notebook.py").read_text(encoding="utf-8")
         text = text.replace("ws://localhost:8765/websocket", self.url)
         head, first, look, last = re.split("^(?=# %%)", text, flags=re.MULTILINE)
@@ -144,14 +129,13 @@ class OtherLibrariesTests(RecipeCase):
             self.stream.epoch, self.stream.history_size = "a file & more #1", 10
             self.handler.send_message(["x" * 2_000_000, 1, 0])
             command = "other_libraries", library, "--url", self.url
-            with self.subTest(library), self.recipe(*command) as process:
-                await self.shows("ones 1  trials 2  missed 0\n")
+            with self.subTest(library), self.recipe(*command) as client:
+                await self.shows(client, "ones 1  trials 2  missed 0")
                 (dropped,) = self.handler.clients
                 dropped.close()
                 self.handler.send_message([1] * 25)
-                await self.shows("ones 11  trials 12  missed 15\n")
+                await self.shows(client, "ones 11  trials 12  missed 15")
                 (again,) = self.handler.clients
                 query = [again.get_query_argument(name) for name in ("epoch", "offset")]
                 self.assertEqual(query, ["a file & more #1", "3"])
-                process.send_signal(signal.SIGINT)
-                await self.ends(process)
+                await self.interrupt(client)

@@ -1,15 +1,16 @@
-"""The recipes that are sources or servers: what each of them promises, alone and as a program."""
+"""The recipes that are sources or servers; and how the tests of all recipes run them as programs."""
 
 import asyncio
 import contextlib
-import importlib.util
+import importlib
 import os
 import shutil
 import signal
 import socket
 import tempfile
-import unittest
+from collections.abc import Iterator
 from pathlib import Path
+from subprocess import STDOUT, Popen
 from typing import Any
 from unittest import mock
 
@@ -19,61 +20,67 @@ from tornado.websocket import websocket_connect
 from server import WebSocketServer, make_app
 from tests import support
 from tests.recipes import blocking_source, embedded, finite, growing_file, numbered_source
-from tests.support import Recorder, following, line_with, running, serving, until, url_of
+from tests.support import Recorder, following, line_with, needs, own_port, serving, until, url_at
+
+URL = "ws://127.0.0.1:9/websocket"  # for clients that never start
 
 
-def recipe(name: str, *options: object) -> contextlib.AbstractContextManager[Any]:
-    """Run a recipe as a program."""
-    left = "ignore:unclosed <socket:ResourceWarning"  # by Tornado, when a port is taken
-    return running("-W", left, "-m", f"tests.recipes.{name}", *map(str, options))
-
-
-class RecipeCase(support.QuietCase):
-    """A test with a file in a folder of its own, and with what is secret in the environment."""
+class RecipeCase(support.ServedCase):
+    """A test with a stream, and with copies of the scripts and recipes in a folder of its own."""
 
     def setUp(self) -> None:
         super().setUp()
         self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
-        self.path = self.folder / "a#b & c.csv"
-        self.path.write_text("price\n10\n")
-        self.enterContext(mock.patch.dict(os.environ, {"KEY": "k", "TOKEN": "t0ken"}))
-
-    def ends(self, status: int, log: str, *command: Any) -> None:
-        """Run a recipe that ends by itself, and check its status and its log."""
-        with self.subTest(command), recipe(*command) as process:
-            self.assertRegex(process.communicate(timeout=support.PATIENCE)[1], rf"\A{log}\Z")
-            self.assertEqual(process.returncode, status)
-
-    def interrupt(self, process: Any, status: int = 0) -> None:
-        """Press Ctrl-C, and check that a program ends quietly, and has logged no token."""
-        process.send_signal(signal.SIGINT)
-        self.assertNotRegex(process.communicate(timeout=support.PATIENCE)[1], "Traceback|t0ken")
-        self.assertEqual(process.returncode, status)
-
-
-class ProgramTests(RecipeCase):
-    def servers(self) -> list[list[Any]]:
-        """Return the command of each recipe that serves."""
-        roles = [["listening", "server"], ["finite", "server"], ["embedded"], ["blocking_source"]]
-        return [*roles, ["growing_file", self.path], ["numbered_source", self.path, "price"]]
-
-    def test_copy(self) -> None:
-        """A copy beside the scripts serves at a free port, and ends quietly at Ctrl-C."""
-        for file in *support.ROOT.glob("*.py"), *support.ROOT.glob("tests/recipes/*.py"):
+        self.path = self.folder / "a#b & c.csv"  # for a file that the recipe reads or writes
+        for file in *support.ROOT.glob("*.py"), *support.ROOT.glob("tests/recipes/*.*"):
             shutil.copy(file, self.folder)
-        for name, *options in self.servers():
-            program = str(self.folder / f"{name}.py")
-            with self.subTest(name), running(program, *map(str, options), "--port", "0") as process:
-                url_of(process)
-                self.interrupt(process)
 
-    def test_port_that_cannot_be_served(self) -> None:
-        """A taken port is one line and status 1, an impossible one is a wrong option."""
-        with socket.create_server(("localhost", 0)) as taken:
-            port = taken.getsockname()[1]
-            for command in self.servers():
-                self.ends(1, f"cannot serve on localhost:{port}: .*\n", *command, "--port", port)
-                self.ends(2, "usage: (.*\n)+.*error: .*port.* 65535.*\n", *command, "--port=65536")
+    @contextlib.contextmanager
+    def recipe(self, name: str, *options: object) -> Iterator[Popen[str]]:
+        """Run the copy of a recipe until the block ends, which kills it."""
+        command = [str(self.folder / f"{name}.py"), *map(str, options)]
+        with support.running(*command, stderr=STDOUT) as process:
+            process.stderr = process.stdout  # so that `line_with` sees both outputs
+            yield process
+
+    async def shows(self, process: Popen[str], text: str) -> str:
+        """Wait until a recipe writes a line with this text, and return the line."""
+        return await asyncio.to_thread(line_with, process, text)
+
+    async def url_of(self, process: Popen[str]) -> str:
+        """Wait until a recipe serves, and return its URL."""
+        return await asyncio.to_thread(support.url_of, process)
+
+    async def ends(self, process: Popen[str], status: int = 0) -> str:
+        """See that a recipe ends, and quietly; return what it has written since the last line."""
+        assert process.stdout
+        rest = await asyncio.to_thread(process.stdout.read)
+        self.assertNotRegex(rest, "Traceback|Exception ignored")
+        self.assertEqual(process.wait(), status, rest)
+        return rest
+
+    async def interrupt(self, process: Popen[str], status: int = 0) -> str:
+        """Press Ctrl-C, and do the same."""
+        process.send_signal(signal.SIGINT)
+        return await self.ends(process, status)
+
+    async def refuses(self, reason: str, name: str, *options: object) -> None:
+        """See that a recipe ends with its usage, one line with the reason, and status 2."""
+        with self.subTest(reason), self.recipe(name, *options) as process:
+            usage = rf"\Ausage: .*\n( .*\n)*\S+: error: {reason}\n\Z"
+            self.assertRegex(await self.ends(process, 2), usage)
+
+
+class ServerTests(RecipeCase):
+    async def test_ctrl_c(self) -> None:
+        """A copy beside the scripts serves at a free port, and ends quietly at Ctrl-C."""
+        self.path.write_text("price\n")
+        file = str(self.path)
+        files = ["growing_file", file], ["numbered_source", file, "price"]
+        for command in *files, ["embedded"], ["events"], ["finite", "server"], ["page"]:
+            with self.subTest(command), self.recipe(*command, "--port=0") as server:
+                await self.url_of(server)
+                await self.interrupt(server)
 
 
 class GrowingFileTests(RecipeCase):
@@ -84,28 +91,28 @@ class GrowingFileTests(RecipeCase):
 
     async def test_lines_become_samples(self) -> None:
         """A line that is appended is a sample, one that was there before is none."""
-        with recipe("growing_file", self.path, "--port", 0) as process:
-            client = Recorder(url_of(process))
+        self.append(b"before\n")
+        with self.recipe("growing_file", self.path, "--port=0") as server:
+            client = Recorder(await self.url_of(server))
             async with following(client):
                 self.append(b"1\r\n\n\xff\n")
                 await until(lambda: client.samples == ["1", "", "\ufffd"], lambda: client.samples)
 
     def test_half_a_line_waits(self) -> None:
         """A line in pieces is one sample; a truncated file is read from its new start."""
-        self.append(b"sec")
+        self.append(b"first\nsec")
         with contextlib.closing(growing_file.new_lines(self.path)) as lines:
-            self.assertEqual(next(lines), ["price", "10"])
+            self.assertEqual(next(lines), ["first"])
             self.append(b"on")
             self.assertEqual(next(lines), [])
-            self.append(b"d\r\n\nthird\nhalf")
-            self.assertEqual(next(lines), ["second", "", "third"])
+            self.append(b"d\nthird\nhalf")
+            self.assertEqual(next(lines), ["second", "third"])
             self.path.write_bytes(b"new\n")
             self.assertEqual(next(lines), ["new"])
 
     def test_missing_and_replaced(self) -> None:
         """A file may come later; when it is renamed, it is read to its end, then the new one."""
         renamed = self.folder / "renamed"
-        self.path.unlink()
         with contextlib.closing(growing_file.new_lines(self.path)) as lines:
             self.assertEqual(next(lines), [])
             self.append(b"first\n")
@@ -124,17 +131,14 @@ class NumberedSourceTests(RecipeCase):
         """While the server is killed in mid-file again and again, a client gets each row once."""
         rows = [None if number % 50 == 7 else number for number in range(400)]
         self.path.write_text("\n".join(["day,price", *(f"x,{row}" for row in rows)]))
-        port = support.free_port()
-        client, late = (Recorder(f"ws://localhost:{port}/websocket") for _ in range(2))
-        async with contextlib.AsyncExitStack() as stack:
-            await stack.enter_async_context(following(client))
+        port = self.enterContext(own_port())
+        command = "numbered_source", self.path, "price", "--interval=2", "--port", port
+        client = Recorder(url_at(port))
+        async with following(client):
             for goal in 30, 130, 230, 400:
-                with recipe("numbered_source", self.path, "price", "--interval=2", "--port", port):
+                with self.recipe(*command):
                     await until(lambda: client.position >= goal)  # noqa: B023
-                    if goal == 400:
-                        await stack.enter_async_context(following(late))
-                        await until(lambda: late.position == 400)
-        self.assertEqual((client.samples, client.missed, late.samples), (rows, 0, rows))
+        self.assertEqual((client.samples, client.missed), (rows, 0))
         self.assertRegex(client.epoch or "", "^[0-9a-f]{8}$")  # whatever the file's name is
 
     def test_bad_rows(self) -> None:
@@ -153,6 +157,12 @@ class NumberedSourceTests(RecipeCase):
         with mock.patch.object(numbered_source, "read_row", quote), self.assertLogs("source"):
             self.assertEqual([*numbered_source.read(lines, "price")], [["ACME", 10], None])
 
+    async def test_client_that_is_ahead(self) -> None:
+        """One who comes with more rows than were sent is told what may have happened."""
+        async with serving(make_app(numbered_source.Rows)) as url:
+            with self.assertRaisesRegex(HTTPClientError, "400: .*if the count file was deleted"):
+                await websocket_connect(f"{url}?epoch={numbered_source.Rows.stream.epoch}&offset=9")
+
     async def test_count_is_saved_first(self) -> None:
         """The count of rows is in its file before a row is sent: no client knows more."""
         seen, count_file = [], self.folder / "count"
@@ -161,110 +171,95 @@ class NumberedSourceTests(RecipeCase):
             await numbered_source.play(iter([13, 14]), 3, count_file, 0)
         self.assertEqual(seen, [([13], "4"), ([14], "5")])
 
-    async def test_client_that_is_ahead(self) -> None:
-        """One who comes with more rows than were sent is told what may have happened."""
-        async with serving(make_app(numbered_source.Rows)) as url:
-            with self.assertRaisesRegex(HTTPClientError, "400: .*if the count file was deleted"):
-                await websocket_connect(f"{url}?epoch={numbered_source.Rows.stream.epoch}&offset=9")
-
-    def test_refusals(self) -> None:
-        """A column that is not there, and a count that cannot be, are refused."""
-        reason = "no column 'prise' in|must hold a count, not 'x'|only 1 now"
-        for column, count in ("prise", "0"), ("price", "x"), ("price", "2"):
-            (self.folder / f"{self.path.name}.count").write_text(count)
-            self.ends(2, f"usage: (.*\n)+.*({reason}).*\n", "numbered_source", self.path, column)
+    async def test_refusals(self) -> None:
+        """A column that is not there, and a count of more rows than there are, are refused."""
+        self.path.write_text("price\n10\n")
+        numbered = "numbered_source", self.path
+        await self.refuses("there is no column 'prise' in .*", *numbered, "prise")
+        self.path.with_name(f"{self.path.name}.count").write_text("2")
+        await self.refuses("2 rows were sent, but there are only 1 now", *numbered, "price")
 
 
 class BlockingSourceTests(RecipeCase):
-    async def test_pace(self) -> None:
-        """Readings begin with a second; a failed one costs a minute more, a refused sample none."""
-        make_app()
-        source = mock.Mock(side_effect=[1.5, float("nan"), TimeoutError("silent"), 2.5, SystemExit])
+    def test_pace(self) -> None:
+        """Readings begin with a second; a failed one costs a minute; the server's end ends them."""
+        source = mock.Mock(side_effect=[1, 2, TimeoutError("silent"), 3, 4])
         clock = mock.Mock(**{"perf_counter.side_effect": [0.25, 1.5, 3.75, 65.5, 66]})
         self.enterContext(mock.patch.object(blocking_source, "time", clock))
-        with self.assertLogs("source") as logged, contextlib.suppress(SystemExit):
+        send = self.enterContext(mock.patch.object(WebSocketServer, "send_message"))
+        send.side_effect = None, ValueError("no JSON"), None, RuntimeError("the loop is closed")
+        with self.assertLogs("source") as logged:
             blocking_source.follow(source, interval=1, pause=60)
         slept = [call.args[0] for call in clock.sleep.call_args_list]
         self.assertEqual(slept, [0.75, 0.5, 0.25, 60, 0.5, 1])
-        self.assertRegex("\n".join(logged.output), r"\A.*nan.*\n.*TimeoutError\('silent'\).*\Z")
-        await asyncio.sleep(0)
-        self.assertEqual(WebSocketServer.stream.history, ["1.5", "2.5"])
+        sent = [call.args[0] for call in send.call_args_list]
+        self.assertEqual(sent, [[1], [2], [3], [4]])
+        self.assertRegex("\n".join(logged.output), r"\A.*no JSON\n.*TimeoutError\('silent'\).*\Z")
 
-    async def test_end_of_the_server(self) -> None:
-        """The thread ends without a word when the server has ended."""
-        make_app()
-        WebSocketServer.stream.loop = asyncio.new_event_loop()
-        WebSocketServer.stream.loop.close()
-        blocking_source.follow(lambda: 1, interval=0.001)
-
-    def test_reading_that_hangs(self) -> None:
+    async def test_reading_that_hangs(self) -> None:
         """Ctrl-C does not wait for a reading."""
-        change = "import server, threading; from tests.recipes import blocking_source as recipe\n"
-        change += "def measure(): server.logger.info('reads'); threading.Event().wait()\n"
-        change += "recipe.measure = measure; server.run(recipe.main())"
-        with running("-c", change, "--port", "0") as process:
-            line_with(process, "reads")
-            self.interrupt(process)
+        file = self.folder / "blocking_source.py"
+        hangs = "print('reads', flush=True); time.sleep(1000)"
+        file.write_text(file.read_text().replace("time.sleep(0.1)", hangs))
+        with self.recipe("blocking_source", "--port=0") as server:
+            await self.shows(server, "reads")
+            await self.interrupt(server)
 
 
 class ListeningTests(RecipeCase):
-    async def test_server(self) -> None:
-        """A message that is wrong is refused with a code that says how."""
-        wrong: Any = (b"k 1", 1003), ("", 1008), ("\u043a 1", 1008), ("k nan", 1007)
-        with recipe("listening", "server", "--port", 0) as server:
-            url = url_of(server)
-            for message, code in wrong:
-                connection = await websocket_connect(url)
-                await connection.write_message(message, isinstance(message, bytes))
-                while await connection.read_message() is not None:
-                    pass
-                connection.close()
-                self.assertEqual(connection.close_code, code, message)
-
     async def test_both_programs(self) -> None:
-        """Who knows the key sets p for all, and who does not is told so."""
-        with recipe("listening", "server", "--port", 0) as server:
-            follower = Recorder(url := url_of(server))
-            self.ends(0, "", "listening", "client", 0, "--url", url)
-            os.environ["KEY"] = "guess"
-            self.ends(1, "refused: 1008 wrong key\n", "listening", "client", 1, "--url", url)
+        """Who knows the key sets p for all; any other message is refused with a reason."""
+        self.enterContext(mock.patch.dict(os.environ, KEY="k"))
+        with self.recipe("listening", "server", "--port=0") as server:
+            follower = Recorder(url := await self.url_of(server))
+            for key, p, status, shown in (
+                ("k", 0, 0, ""),
+                ("k", 2, 1, "refused: 1007 p must be a number from 0 to 1\n"),
+                ("\u043a", 1, 1, "refused: 1008 wrong key\n"),
+            ):
+                os.environ["KEY"] = key
+                with self.recipe("listening", "client", p, "--url", url) as client:
+                    self.assertEqual(await self.ends(client, status), shown)
             async with following(follower):  # by chance, that would be once in 10 ** 11 times
                 await until(lambda: follower.samples[-20:] == [0] * 20)
+            await self.interrupt(server)
 
 
-@unittest.skipUnless(importlib.util.find_spec("trustme"), "needs trustme")
+@needs("trustme")
 class PrivateTests(RecipeCase):
     async def test_both_programs(self) -> None:
         """Only who has the token gets the stream, and neither side logs it."""
+        self.enterContext(mock.patch.dict(os.environ, TOKEN="t0ken"))
         authority = importlib.import_module("trustme").CA()
         authority.cert_pem.write_to_path(ca := str(self.folder / "ca"))
         issued = authority.issue_cert("localhost").private_key_and_cert_chain_pem
         issued.write_to_path(own := str(self.folder / "own"))
-        with recipe("private", "server", own, own, "--port", 0) as server:
-            self.assertRegex(url := url_of(server), "^wss://")
+        with self.recipe("private", "server", own, own, "--port=0") as server:
+            url = await self.url_of(server)
             for header in "", "t0ken", "Bearer t0kenx", "Bearer t0ken\u00e9":
                 request = HTTPRequest(url, headers={"Authorization": header}, ca_certs=ca)
                 with self.subTest(header), self.assertRaisesRegex(HTTPClientError, "401: .* token"):
                     await websocket_connect(request)
-            with recipe("private", "client", ca, url) as client:
-                line_with(client, "connected")
-                self.interrupt(client)
-            self.interrupt(server)
-        self.ends(2, "(.*\n)+.*must begin with wss://.*\n", "private", "client", ca, "ws://x")
+            with self.recipe("private", "client", ca, url) as client:
+                await self.shows(client, "connected to wss://")
+                self.assertNotIn("t0ken", await self.interrupt(client))
+            self.assertNotIn("t0ken", await self.interrupt(server))
+        await self.refuses("the URL must begin with wss://.*", "private", "client", ca, "ws://x")
 
 
 class FiniteTests(RecipeCase):
     async def test_slow_client(self) -> None:
         """One who comes late gets all, and the server waits for one who is slow, too."""
-        results, port = [f"{number:01000}" for number in range(12_000)], support.free_port()
-        with mock.patch.object(finite, "compute") as compute:
-            compute.return_value.__aiter__.return_value = results
-            task = asyncio.create_task(finite.serve_results(0, 3600, port))
-            await until(lambda: finite.Results.stream.end == 12_001)
-        with socket.create_connection(("localhost", port)) as slow:
+        results = [f"{number:01000}" for number in range(12_000)]
+        port = self.enterContext(own_port())
+        compute = self.enterContext(mock.patch.object(finite, "compute"))
+        compute.return_value.__aiter__.return_value = results
+        task = asyncio.create_task(finite.serve_results(0, 3600, port))
+        await until(lambda: compute.called and finite.Results.stream.end == 12_001)
+        with socket.create_connection(("127.0.0.1", port)) as slow:
             slow.send(support.HANDSHAKE)  # it does not read
             await until(lambda: finite.Results.clients)
-            client = finite.Collector(f"ws://localhost:{port}/websocket")
+            client = finite.Collector(url_at(port))
             await client.run()
             self.assertEqual((client.results, client.complete), (results, True))
             self.assertFalse((await asyncio.wait([task], timeout=0.3))[0])
@@ -272,23 +267,23 @@ class FiniteTests(RecipeCase):
 
     def test_restart(self) -> None:
         """A client begins anew with the server, and notices if it lacks something."""
-        client = finite.Collector("ws://localhost/websocket")
+        client = finite.Collector(URL)
         for epoch, samples in ("first", [2, 3]), ("second", [5, {"results": 2}]):
             client.epoch = epoch
             client.on_message(samples)
         self.assertEqual((client.results, client.complete), ([5], False))
 
-    def test_both_programs(self) -> None:
+    async def test_both_programs(self) -> None:
         """A client shows a summary, and both end; one that is stopped before ends with status 1."""
-        with recipe("finite", "server", "--below", 100, "--port", 0) as server:
-            url = url_of(server)
-            with recipe("finite", "client", "--url", url) as client:
-                self.assertRegex(client.communicate()[0], "\n25 primes complete, the last is 97\n$")
-                self.assertEqual((client.returncode, server.wait()), (0, 0))
-        with recipe("finite", "client", "--url", url) as client:
-            line_with(client, "cannot connect")
-            self.interrupt(client, 1)
-        self.ends(0, ".* serving .*\n", "finite", "server", "--below=9", "--wait=0", "--port=0")
+        with self.recipe("finite", "server", "--below=100", "--port=0") as server:
+            with self.recipe("finite", "client", "--url", await self.url_of(server)) as client:
+                self.assertRegex(await self.ends(client), "\n25 primes complete, the last is 97\n$")
+            await self.ends(server)
+        with self.recipe("finite", "client", "--url", self.url) as client:
+            await self.shows(client, "connected")
+            await self.interrupt(client, status=1)
+        with self.recipe("finite", "server", "--below=9", "--wait=0", "--port=0") as server:
+            await self.ends(server)
 
 
 class EmbeddedTests(support.ServedCase):

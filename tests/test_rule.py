@@ -1,11 +1,10 @@
-"""The posterior, the messages, and the client's rule, case by case and without a network."""
+"""The posterior, the messages, the client's rule and its waits, without a network."""
 
 import asyncio
 import json
 import math
-import os
 import random
-import secrets
+import re
 import unittest
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
@@ -15,7 +14,7 @@ from unittest import mock
 from tornado.httpclient import HTTPRequest
 
 from client import BetaBinomial, WebSocketClient, parse
-from tests.support import PATIENCE, QuietCase
+from tests.support import PATIENCE, SEED, QuietCase, hurried
 
 
 class BetaBinomialTests(unittest.TestCase):
@@ -56,11 +55,45 @@ def message(offset: object, samples: object, epoch: object = "a") -> str:
     return json.dumps({"epoch": epoch, "offset": offset, "samples": samples})
 
 
+BAD: list[str | bytes] = [
+    *("x", "", "[]", "{}", "null", "NaN", '"a\nb"', "[" * 100_000, b"\x00\xff"),
+    message(2, [1]).encode(),  # which comes in a binary frame
+    message(2, [1]).replace("2", "9" * 5_000),  # more digits than Python reads
+    *(message(offset, [1]) for offset in ("2", None, True, 1.5, math.nan, -1)),
+    *(message(2, samples) for samples in ("1", {"0": 1}, None, 1)),
+    *(message(2, [1], epoch) for epoch in (1, None, ["a"])),
+    '{"epoch": "a", "offset": 2}',
+]
+
+
 class ParseTests(unittest.TestCase):
     def test_message(self) -> None:
         """It has an epoch, an offset, and a list of anything."""
         samples = [1, "a", None, {"price": 1.5}]
         self.assertEqual(parse(message(7, samples)), ("a", 7, samples))
+
+    def test_what_is_no_message(self) -> None:
+        """Whatever else has come is one of four errors, which the client catches."""
+        for bad in BAD:
+            with self.subTest(bad=bad[:80]):
+                self.assertRaises((ValueError, KeyError, TypeError, RecursionError), parse, bad)
+
+
+class NewClientTests(unittest.TestCase):
+    def test_url_that_can_never_work(self) -> None:
+        """It is a ValueError at once, which shows no password."""
+        bad = ["http://localhost/", "localhost:8765", "", "ws://", "ws://:80/", "ws:///websocket"]
+        bad += ["ws://localhost:99999/", "ws://localhost:0/", "ws://localhost:abc/", "ws://[::1/"]
+        bad += ["ws://alice:s3cret@localhost/", "ws://s3cret@localhost/"]
+        for url in bad:
+            with self.subTest(url=url), self.assertRaises(ValueError) as raised:
+                WebSocketClient(url)
+            self.assertNotIn("s3cret", str(raised.exception))
+
+    def test_time_limits(self) -> None:
+        """`request` allows 10 s for the connection, and 10 s for the whole handshake."""
+        request = WebSocketClient("ws://localhost/").request("ws://localhost/")
+        self.assertEqual((request.connect_timeout, request.request_timeout), (10, 10))
 
 
 class FakeConnection:
@@ -208,12 +241,6 @@ class OnMessageTests(RuleCase):
         self.assertEqual(self.client.calls, [([0], "a", 1, 0), ([1, 2, 3], "a", 4, 0)])
         self.assertEqual(kept, [[0], [1, 2, 3]])
 
-    async def test_sees_where_the_stream_goes_on(self) -> None:
-        """`epoch`, `position` and `missed` are those after its samples, and before a later gap."""
-        await self.receive(message(3, [3]), message(4, [4]), message(9, [9]), message(2, [2], "b"))
-        calls = [([3, 4], "a", 5, 0), ([9], "a", 10, 4), ([2], "b", 3, 6)]
-        self.assertEqual(self.client.calls, calls)
-
     async def test_changes_its_list(self) -> None:
         """Whatever it does to its list, the position is that after all of the samples."""
         self.client.react = list.clear
@@ -302,31 +329,17 @@ class FailureTests(RuleCase):
             self.assertEqual(self.client.place, ("a", 3, 0))
 
 
-BAD: list[str | bytes] = [
-    *("x", "", "[]", "{}", "null", "NaN", '"a\nb"', "[" * 100_000, b"\x00\xff"),
-    message(2, [1]).encode(),  # which comes in a binary frame
-    message(2, [1]).replace("2", "9" * 5_000),  # more digits than Python reads
-    *(message(offset, [1]) for offset in ("2", None, True, 1.5, math.nan, -1)),
-    *(message(2, samples) for samples in ("1", {"0": 1}, None, 1)),
-    *(message(2, [1], epoch) for epoch in (1, None, ["a"])),
-    '{"epoch": "a", "offset": 2}',
-]
-
-
 class ConnectionTests(RuleCase):
     async def test_message_that_cannot_be_understood(self) -> None:
-        """One line shows its beginning; nothing is taken of it, and of what came after it."""
-        for bad in BAD:
+        """One short line shows its beginning; it and what came after it are not taken."""
+        for bad in "[" * 100_000, "two\nlines", b"\x00\xff", message(1, 1):
             self.client = Recording()
             with self.subTest(bad=bad[:80]), self.assertLogs("client", "WARNING") as logs:
-                before = message(0, [0]), message(5, [5])
-                await self.follow(FakeConnection(*before, bad, message(6, [6])))
-            self.assertEqual(self.client.calls, [([0], "a", 1, 0), ([5], "a", 6, 4)])
-            self.assertEqual(self.client.place, ("a", 6, 4))
-            _, line = logs.output  # the first one is that of the gap
-            self.assertIn(repr(bad[:20])[:-1], line)
-            self.assertNotIn("\n", line)
-            self.assertLess(len(line), 450)
+                await self.follow(FakeConnection(message(0, [0]), bad, message(1, [1])))
+            self.assertEqual(self.client.calls, [([0], "a", 1, 0)])
+            self.assertIn(repr(bad[:20])[:-1], logs.output[0])
+            self.assertNotIn("\n", logs.output[0])
+            self.assertLess(len(logs.output[0]), 450)
 
     async def test_connected(self) -> None:
         """`connected` is true from the handshake to the end, at which the client says 1000."""
@@ -348,44 +361,78 @@ class ConnectionTests(RuleCase):
             self.assertNotIn("None", logs.output[0])
 
 
-class HistoryTests(QuietCase):
-    def test_random_histories(self) -> None:
-        """Whatever 5,000 servers say in whatever order, each count is right."""
-        seed = os.environ.get("SEED") or secrets.token_hex(4)
-        with asyncio.Runner() as runner:
-            for number in range(5_000):
-                with self.subTest(SEED=seed, number=number):
-                    runner.run(self.count(random.Random(f"{seed} {number}")))
+class BackoffTests(QuietCase):
+    def assert_waits(self, *connections: FakeConnection, limits: list[int], **delay: float) -> None:
+        """Assert that the waits after these connections are spread from 0 to these limits."""
+        waits: list[list[float]] = []  # of each of a hundred clients
+        with hurried(1_000_000) as runner:
+            for _ in range(100):
+                client = WebSocketClient("wss://localhost/", **delay)
+                with self.assertLogs("client", "WARNING") as logs:
+                    runner.run(follow(client, *connections))
+                seconds = re.findall(r"next try in ([\d.]+) s", "\n".join(logs.output))
+                self.assertEqual(len(seconds), len(limits))
+                waits.append([float(wait) for wait in seconds])
+        for number, limit in enumerate(limits):
+            spread = [of_client[number] for of_client in waits]
+            self.assertLess(min(spread), 0.2 * limit)
+            self.assertGreater(max(spread), 0.8 * limit)
+            self.assertLessEqual(max(spread), limit)
 
-    async def count(self, chance: random.Random) -> None:
-        """Let a client have a random history, and count it independently."""
-        connections = []
-        expected: list[tuple[str, int]] = []  # epoch and offset of each sample
-        ends: dict[str, int] = {}  # of each epoch, how far its messages have come
-        epoch, offset = "1", chance.choice((0, 1_000))
-        first = offset
-        for _ in range(chance.randrange(1, 4)):
-            messages: list[str | bytes] = []
-            for _ in range(chance.randrange(1, 9)):
-                numbers = range(offset, offset + chance.choice((0, 1, 1, 2, 5, 30)))
-                messages.append(message(offset, [*numbers], epoch))
-                expected += [(epoch, number) for number in numbers if number >= ends.get(epoch, 0)]
-                ends[epoch] = max(numbers.stop, ends.get(epoch, 0))
-                offset = numbers.stop
-                if chance.random() < 0.4:
-                    offset = max(0, offset + chance.randrange(-40, 40))
-                if chance.random() < 0.1:
-                    epoch, offset = str(len(ends) + 1), chance.choice((0, 0, 3, 40))
-            if chance.random() < 0.2:
-                messages += ["nonsense", message(5_000, [5_000], "6")]
-            connections.append(FakeConnection(*messages))
-        client = Recording()
-        await follow(client, *connections)
-        seen = []
-        for samples, seen_epoch, position, _ in client.calls:
-            self.assertEqual(samples, [*range(position - len(samples), position)])
-            seen += [(seen_epoch, sample) for sample in samples]
-        self.assertEqual(seen, expected)
-        *_, (last, end) = ends.items()
+    def test_limit_is_doubled(self) -> None:
+        """Each failure doubles the limit, up to 30 s."""
+        self.assert_waits(*[FakeConnection()] * 6, limits=[3, 6, 12, 24, 30, 30])
+
+    def test_limit_returns(self) -> None:
+        """It returns when the position has moved or the epoch is new, and after nothing else."""
+        sample, another = FakeConnection(message(0, [0])), FakeConnection(message(1, [1]))
+        nothing = FakeConnection()
+        self.assert_waits(sample, nothing, another, nothing, limits=[3, 6, 3, 6])
+        old, new = FakeConnection(message(0, [])), FakeConnection(message(0, [], "b"))
+        self.assert_waits(old, old, old, new, new, limits=[3, 6, 12, 3, 6])
+        nonsense, refused = FakeConnection("nonsense"), FakeConnection(message(0, [2]))
+        self.assert_waits(refused, refused, nonsense, refused, limits=[3, 6, 12, 24])
+
+    def test_retry_delay(self) -> None:
+        """It is the first limit, but none is above 30 s; it must be above 0."""
+        self.assert_waits(FakeConnection(), FakeConnection(), limits=[1, 2], retry_delay=1)
+        self.assert_waits(FakeConnection(), limits=[30], retry_delay=1_000)
+        for delay in 0, -1, math.nan:
+            with self.subTest(delay=delay), self.assertRaises(ValueError):
+                WebSocketClient("ws://localhost/", delay)
+
+
+class HistoryTests(RuleCase):
+    async def test_random_histories(self) -> None:
+        """Whatever 5,000 servers say in whatever order, each client takes and misses what it must."""
+        asyncio.get_running_loop().set_debug(False)  # or it takes four times as long
+        for number in range(5_000):
+            with self.subTest(SEED=SEED, number=number):
+                await self.check_history(random.Random(f"{SEED} {number}"))
+
+    async def check_history(self, chance: random.Random) -> None:
+        """Compare a client with a simple count. Each sample is its own number."""
+        messages, expected = [], []
+        epoch, first = "1", chance.choice((0, 1_000))
+        offset = first
+        ends: dict[str, int] = {}  # how far each epoch has come
+        for _ in range(chance.randrange(1, 20)):
+            numbers = range(offset, offset + chance.choice((0, 1, 1, 2, 5, 30)))
+            messages.append(message(offset, [*numbers], epoch))
+            end = ends.get(epoch, 0)
+            expected += [(epoch, number) for number in numbers if number >= end]
+            ends[epoch] = max(end, numbers.stop)
+            offset = numbers.stop
+            if chance.random() < 0.4:
+                offset = max(0, offset + chance.randrange(-40, 40))
+            if chance.random() < 0.1:
+                epoch, offset = str(len(ends) + 1), chance.choice((0, 0, 3, 40))
+        cut = chance.randrange(len(messages) + 1)
+        self.client = Recording()
+        await self.follow(FakeConnection(*messages[:cut]), FakeConnection(*messages[cut:]))
+        calls = self.client.calls
+        taken = [(epoch, sample) for samples, epoch, _, _ in calls for sample in samples]
+        self.assertEqual(taken, expected)
         missed = sum(ends.values()) - first - len(expected)
-        self.assertEqual((client.epoch, client.position, client.missed), (last, end, missed))
+        last = [*ends][-1]
+        self.assertEqual(self.client.place, (last, ends[last], missed))

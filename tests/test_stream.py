@@ -111,53 +111,40 @@ class AppendTests(StreamCase):
         self.assertEqual(self.read(0), (0, plain + commas + plain))
         self.assertEqual(self.read(9), (9, commas[1:] + plain))
 
-    async def refuses(self, error: type[Exception], samples: Any) -> None:
-        """Append what must be refused; nothing of it may be in the log afterwards."""
-        with self.subTest(samples=repr(samples)[:40]):
-            with self.assertRaises(error):
-                self.stream.append(samples)
-            await asyncio.sleep(0)
-            self.assertEqual((self.stream.end, self.read(0)), (0, (0, [])))
+    async def refuses(self, error: type[Exception], *bad: Any) -> None:
+        """Append each, which must be refused; nothing of it may be in the log afterwards."""
+        for samples in bad:
+            with self.subTest(samples=repr(samples)[:40]):
+                self.assertRaises(error, self.stream.append, samples)
+                await asyncio.sleep(0)
+                self.assertEqual((self.stream.end, self.read(0)), (0, (0, [])))
 
     async def test_refuses_what_is_no_list(self) -> None:
         """A tuple, a text, a dict, one sample by itself: each is a TypeError."""
-        for samples in ((1, 0), "110", {"place": "roof"}, 1, None):
-            await self.refuses(TypeError, samples)
+        await self.refuses(TypeError, (1, 0), "110", {"place": "roof"}, 1, None)
 
     async def test_refuses_what_json_cannot_hold(self) -> None:
         """One such sample, or one with such a thing inside, refuses the whole list."""
-        for thing in ({1}, b"bytes", [1j]):
-            await self.refuses(TypeError, [0, thing])
-        for number in (math.nan, math.inf, -math.inf):
-            await self.refuses(ValueError, [0, number])
+        await self.refuses(TypeError, [0, {1}], [0, b"bytes"], [0, [1j]])
+        await self.refuses(ValueError, [0, math.nan], [0, math.inf], [{"a": -math.inf}])
 
     async def test_refuses_a_sample_that_is_too_long(self) -> None:
         """One that a client cannot take is a ValueError, alone and among others."""
-        for samples in (["x" * 10_500_000], [1, [2, "x" * 10_500_000], 3]):
-            await self.refuses(ValueError, samples)
+        long = "x" * 10_500_000
+        await self.refuses(ValueError, [long], [1, [2, long], 3])
 
     async def test_in_another_thread(self) -> None:
-        """All that a thread appends is in the log, in order, and errors are raised in the thread."""
+        """All of it is in the log, in order, and wakes who waits; errors are raised in the thread."""
 
-        def source() -> None:
+        async def source() -> None:  # the thread may have an event loop of its own
             for number in range(100):
                 self.stream.append([number])
             self.assertRaises(ValueError, self.stream.append, [math.nan])
 
-        await asyncio.to_thread(source)
-        await asyncio.sleep(0)
-        self.assertEqual(self.read(0), (0, [*range(100)]))
-
-    async def test_in_a_thread_with_an_event_loop_of_its_own(self) -> None:
-        """It wakes the tasks that wait in the loop of the stream."""
-
-        async def source() -> None:
-            self.stream.append([1])
-
         waiting = asyncio.create_task(self.stream.grown.wait())
-        await asyncio.to_thread(lambda: asyncio.run(source()))
+        await asyncio.to_thread(asyncio.run, source())
         await waiting
-        self.assertEqual(self.read(0), (0, [1]))
+        self.assertEqual(self.read(0), (0, [*range(100)]))
 
     async def test_wakes_every_task_that_waits(self) -> None:
         """Who waits for more goes on with the next samples, and not before."""

@@ -20,21 +20,8 @@ from tornado.websocket import WebSocketClosedError, websocket_connect
 
 from server import WebSocketServer
 from tests.faults import raw_client, request
-from tests.scenarios import (
-    OURS,
-    SEED,
-    Count,
-    Pair,
-    have,
-    newest,
-    number_server,
-    own_port,
-    restarts,
-    scene,
-    storm,
-    url_at,
-)
-from tests.support import Recorder, following, until
+from tests.scenarios import OURS, Count, Pair, have, newest, number_server, restarts, scene, storm
+from tests.support import SEED, Recorder, following, own_port, until, url_at
 
 
 class PlainServer(WebSocketServer):
