@@ -81,11 +81,12 @@ async def answer(url: str, data: bytes, *, then_end: bool = False) -> str:
             if then_end:  # the server learns that no more bytes follow
                 stream.socket.shutdown(socket.SHUT_WR)
             status = (await stream.read_until(b"\r\n\r\n")).decode().split()[1]
-            while status == "101":
+            if status != "101":
+                return status
+            while True:
                 opcode, payload = await read_frame(stream)
                 if opcode == CLOSE:
                     return str(int.from_bytes(payload[:2]))
-            return status
         except StreamClosedError:
             return "dropped"
 
@@ -160,11 +161,15 @@ class Proxy(TCPServer):
         """Pass bytes on in both directions, until either side or a fault ends the connection."""
         self.streams.append(stream)
         self.busy += 1
-        with contextlib.suppress(StreamClosedError):
-            server = await connect(self.server)
-            with contextlib.closing(server), contextlib.closing(stream):
+        try:
+            with (
+                contextlib.suppress(StreamClosedError),
+                contextlib.closing(stream),
+                contextlib.closing(await connect(self.server)) as server,
+            ):
                 await asyncio.gather(self.pass_up(stream, server), self.pass_down(server, stream))
-        self.busy -= 1
+        finally:
+            self.busy -= 1
 
     async def pass_up(self, client: IOStream, server: IOStream) -> None:
         while True:
@@ -178,6 +183,6 @@ class Proxy(TCPServer):
                 if self.cutting:
                     self.cutting = False
                     await client.write(data[: random.randrange(len(data))])
-                    client.close()
+                    raise StreamClosedError  # which ends both directions
                 await client.write(data)
                 self.passed += len(data)

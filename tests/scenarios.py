@@ -1,7 +1,7 @@
 """Streams of numbers in the large faults, and what becomes of each number.
 
-The tests run the scenarios with the pair, and with servers that lose numbers on purpose; the
-measurements run them with the plain loop, too.
+The tests run the scenarios with our two scripts, and with a server that loses numbers on purpose.
+The measurements run them also with the plain loop, which writes to one client after the other.
 """
 
 import asyncio
@@ -178,7 +178,7 @@ async def restarts(pair: Pair, *signals: signal.Signals, clients: int = 5) -> Co
 
 
 class FaultCase(support.QuietCase):
-    """A test whose random faults can be repeated: `SEED=123 python -m unittest ...`."""
+    """A test whose random faults can be repeated, but for their timing: `SEED=123 python ...`."""
 
     def setUp(self) -> None:
         super().setUp()

@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
+from urllib.parse import urlsplit
 
 from tornado.web import Application
 
@@ -41,14 +42,14 @@ async def until(condition: Callable[[], object], *values: Callable[[], object]) 
     while not condition():
         if time.monotonic() > deadline:
             seen = ", ".join(repr(value()) for value in values)
-            raise AssertionError(f"line {condition.__code__.co_firstlineno} stayed false: {seen}")
+            raise AssertionError(f"the condition stayed false: {seen}")
         await asyncio.sleep(0.005)
 
 
 @contextlib.contextmanager
 def own_port() -> Iterator[int]:
     """Yield a port that no other program can take meanwhile, but a server of the test can."""
-    with socket.socket() as holder:
+    with socket.socket() as holder:  # on Linux, others may bind it, too, until somebody listens
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.bind(("127.0.0.1", 0))
         port = int(holder.getsockname()[1])
@@ -66,9 +67,9 @@ def hurried(factor: int) -> asyncio.Runner:
     """Make a runner whose clock runs so many times as fast, and which waits as much less."""
     selector = selectors.SelectSelector()
     loop = asyncio.SelectorEventLoop(selector)
-    select, time = selector.select, loop.time
+    select, now = selector.select, loop.time
     selector.select = lambda timeout=None: select(timeout and timeout / factor)  # type: ignore
-    loop.time = lambda: factor * time()  # type: ignore[method-assign]
+    loop.time = lambda: factor * now()  # type: ignore[method-assign]
     return asyncio.Runner(loop_factory=lambda: loop)
 
 
@@ -175,8 +176,9 @@ class QuietCase(unittest.IsolatedAsyncioTestCase):
     def check(self) -> None:
         gc.collect()
         logging.getLogger().removeHandler(self.left_behind)
-        self.assertEqual(self.left_behind.found, [])
-        self.assertEqual(WebSocketServer.clients, set())
+        clients = list(WebSocketServer.clients)
+        WebSocketServer.clients.clear()  # or every later test would fail, too
+        self.assertEqual((self.left_behind.found, clients), ([], []))
 
 
 class ServedCase(QuietCase):
@@ -193,7 +195,7 @@ class ServedCase(QuietCase):
         self.served = contextlib.AsyncExitStack()
         self.addAsyncCleanup(self.served.aclose)
         self.url = await self.served.enter_async_context(serving(app, port))
-        self.port = int(self.url.split(":")[2].split("/")[0])
+        self.port = urlsplit(self.url).port or 0
 
     async def restart(self) -> None:
         """End this run of the stream, and begin a new one at the same port."""
@@ -224,9 +226,10 @@ def running(
 
 def line_with(process: subprocess.Popen[str], text: str) -> str:
     """Read the log of a process until a line has this text, and return it."""
-    assert process.stderr
+    log = process.stderr or process.stdout  # where a program logs if both are one
+    assert log
     lines = []
-    for line in process.stderr:
+    for line in log:
         lines.append(line)
         if text in line:
             return line.rstrip("\n")

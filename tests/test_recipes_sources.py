@@ -40,7 +40,6 @@ class RecipeCase(support.ServedCase):
         """Run the copy of a recipe until the block ends, which kills it."""
         command = [str(self.folder / f"{name}.py"), *map(str, options)]
         with support.running(*command, stderr=STDOUT) as process:
-            process.stderr = process.stdout  # so that `line_with` sees both outputs
             yield process
 
     async def shows(self, process: Popen[str], text: str) -> str:
@@ -143,12 +142,14 @@ class NumberedSourceTests(RecipeCase):
 
     def test_bad_rows(self) -> None:
         """A row without a number is None and one line, and the others keep their numbers."""
-        bad = ["", "b", "b,", "b,x", "b,inf", "b,nan", "b,\ufffd", f"{'b' * 140_000},1", '"b\n,2",']
+        bad = ["", "b", "b,", "b,x", "b,inf", "b,nan", "b,\ufffd", '"b\n,2",']
+        bad.append("b" * 140_000 + ",1")  # longer than the csv module takes
         for row in bad:
             lines = f'day,price\r\na,1\r\n{row}\r\n"c\r\n",3\r\n'.splitlines(keepends=True)
             with self.subTest(row[:20]), self.assertLogs("source") as logged:
                 self.assertEqual([*numbered_source.read(lines, "price")], [1, None, 3])
-                self.assertRegex("\n".join(logged.output), r"\A.*row 1 is sent as null.*\Z")
+                self.assertIn("row 1 is sent as null", logged.output[0])
+                self.assertEqual(len(logged.output), 1)
 
     def test_several_columns(self) -> None:
         """Another `read_row` makes a sample of several columns, and the same rows are bad."""
@@ -183,18 +184,30 @@ class NumberedSourceTests(RecipeCase):
 class BlockingSourceTests(RecipeCase):
     def test_pace(self) -> None:
         """Readings begin with a second; a failed one costs a minute; the server's end ends them."""
-        source = mock.Mock(side_effect=[1, 2, TimeoutError("silent"), 3, 4])
-        clock = mock.Mock(**{"perf_counter.side_effect": [0.25, 1.5, 3.75, 65.5, 66]})
+        clock = mock.Mock(now=0.25)
+        clock.perf_counter = lambda: clock.now
+        clock.sleep = lambda seconds: setattr(clock, "now", clock.now + seconds)
+        readings: Iterator[Any] = iter([1, 2, TimeoutError("silent"), 3, 4])
+        begun: list[float] = []
+
+        def read() -> Any:
+            begun.append(clock.now)
+            clock.now += 0.3
+            reading = next(readings)
+            if isinstance(reading, Exception):
+                raise reading
+            return reading
+
         self.enterContext(mock.patch.object(blocking_source, "time", clock))
         send = self.enterContext(mock.patch.object(WebSocketServer, "send_message"))
         send.side_effect = None, ValueError("no JSON"), None, RuntimeError("the loop is closed")
         with self.assertLogs("source") as logged:
-            blocking_source.follow(source, interval=1, pause=60)
-        slept = [call.args[0] for call in clock.sleep.call_args_list]
-        self.assertEqual(slept, [0.75, 0.5, 0.25, 60, 0.5, 1])
-        sent = [call.args[0] for call in send.call_args_list]
-        self.assertEqual(sent, [[1], [2], [3], [4]])
-        self.assertRegex("\n".join(logged.output), r"\A.*no JSON\n.*TimeoutError\('silent'\).*\Z")
+            blocking_source.follow(read, interval=1, pause=60)
+        self.assertEqual(begun, [1, 2, 3, 64, 65])
+        self.assertEqual(send.mock_calls, [mock.call([number]) for number in (1, 2, 3, 4)])
+        no_json, silent = logged.output
+        self.assertIn("no JSON", no_json)
+        self.assertIn("TimeoutError('silent')", silent)
 
     async def test_reading_that_hangs(self) -> None:
         """Ctrl-C does not wait for a reading."""
@@ -241,7 +254,7 @@ class PrivateTests(RecipeCase):
                 with self.subTest(header), self.assertRaisesRegex(HTTPClientError, "401: .* token"):
                     await websocket_connect(request)
             with self.recipe("private", "client", ca, url) as client:
-                await self.shows(client, "connected to wss://")
+                self.assertNotIn("t0ken", await self.shows(client, "connected to wss://"))
                 self.assertNotIn("t0ken", await self.interrupt(client))
             self.assertNotIn("t0ken", await self.interrupt(server))
         await self.refuses("the URL must begin with wss://.*", "private", "client", ca, "ws://x")
@@ -260,9 +273,10 @@ class FiniteTests(RecipeCase):
             slow.send(support.HANDSHAKE)  # it does not read
             await until(lambda: finite.Results.clients)
             client = finite.Collector(url_at(port))
-            await client.run()
+            await asyncio.wait_for(client.run(), support.PATIENCE)
             self.assertEqual((client.results, client.complete), (results, True))
-            self.assertFalse((await asyncio.wait([task], timeout=0.3))[0])
+            await asyncio.sleep(0.3)  # in which the server would end
+            self.assertFalse(task.done())
         await asyncio.wait_for(task, support.PATIENCE)
 
     def test_restart(self) -> None:

@@ -1,10 +1,12 @@
-"""The posterior, the messages, the client's rule and its waits, without a network."""
+"""The posterior, the messages, the client's rule and its waits, without a network.
+
+The rule: each sample is handed over once and in order; what a later offset leaves out is missed.
+"""
 
 import asyncio
 import json
 import math
 import random
-import re
 import unittest
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
@@ -14,7 +16,7 @@ from unittest import mock
 from tornado.httpclient import HTTPRequest
 
 from client import BetaBinomial, WebSocketClient, parse
-from tests.support import PATIENCE, SEED, QuietCase, hurried
+from tests.support import PATIENCE, SEED, QuietCase
 
 
 class BetaBinomialTests(unittest.TestCase):
@@ -30,10 +32,11 @@ class BetaBinomialTests(unittest.TestCase):
         """The ValueError shows what has come, and is short."""
         bad: list[Any] = [2, -1, 0.5, "1", None, [1], {}, math.nan]
         for sample in bad:
-            with self.subTest(sample=sample), self.assertRaises(ValueError) as raised:
-                BetaBinomial().update([1, sample, 0] * 1_000)
-            self.assertIn(f"[1, {sample!r}, 0, 1, ", str(raised.exception))
-            self.assertLess(len(str(raised.exception)), 150)
+            with self.subTest(sample=sample):
+                with self.assertRaises(ValueError) as raised:
+                    BetaBinomial().update([1, sample, 0] * 1_000)
+                self.assertIn(f"[1, {sample!r}, 0, 1, ", str(raised.exception))
+                self.assertLess(len(str(raised.exception)), 150)
 
     def test_density(self) -> None:
         """It is flat for the prior; later it is highest at the share of ones."""
@@ -41,6 +44,7 @@ class BetaBinomialTests(unittest.TestCase):
         for ones, trials in ((0, 9), (9, 9), (3, 4), (720_000, 1_000_000)):
             picture = BetaBinomial(1 + ones, 1 + trials - ones).density(40)
             self.assertEqual(picture[min(40 * ones // trials, 39)], "█")
+            self.assertLess(picture.count("█"), 20)
 
     def test_line_of_a_client(self) -> None:
         """After a million samples, picture, numbers and `missed` still fit into 80 columns."""
@@ -86,9 +90,10 @@ class NewClientTests(unittest.TestCase):
         bad += ["ws://localhost:99999/", "ws://localhost:0/", "ws://localhost:abc/", "ws://[::1/"]
         bad += ["ws://alice:s3cret@localhost/", "ws://s3cret@localhost/"]
         for url in bad:
-            with self.subTest(url=url), self.assertRaises(ValueError) as raised:
-                WebSocketClient(url)
-            self.assertNotIn("s3cret", str(raised.exception))
+            with self.subTest(url=url):
+                with self.assertRaises(ValueError) as raised:
+                    WebSocketClient(url)
+                self.assertNotIn("s3cret", str(raised.exception))
 
     def test_time_limits(self) -> None:
         """`request` allows 10 s for the connection, and 10 s for the whole handshake."""
@@ -115,7 +120,7 @@ class FakeConnection:
         self.bring(None)
 
 
-async def follow(client: WebSocketClient, *connections: FakeConnection) -> None:
+async def play(client: WebSocketClient, *connections: FakeConnection) -> None:
     """Let a client have these connections, one after the other, and then stop it."""
     left = list(connections)
 
@@ -157,15 +162,15 @@ class RuleCase(QuietCase):
         super().setUp()
         self.client = Recording()
 
-    async def follow(self, *connections: FakeConnection) -> None:
-        """Let the client have these connections, one after the other, and then stop it."""
+    async def play(self, *connections: FakeConnection) -> None:
+        """Do the same with the client of this test; a test that hangs fails."""
         async with asyncio.timeout(PATIENCE):
-            await follow(self.client, *connections)
+            await play(self.client, *connections)
 
     async def receive(self, *messages: str | bytes) -> str:
         """Let the client have one connection with these messages; return its log but for the end."""
         with self.assertLogs("client", "WARNING") as logs:
-            await self.follow(FakeConnection(*messages))
+            await self.play(FakeConnection(*messages))
         return "\n".join(logs.output[:-1])
 
 
@@ -178,7 +183,7 @@ class RuleTests(RuleCase):
     async def test_overlap_and_repeat(self) -> None:
         """What has come before is skipped, within a connection and after it."""
         first, again = message(3, [3, 4, 5]), message(4, [4, 5, 6])
-        await self.follow(FakeConnection(first, first, again), FakeConnection(message(6, [6, 7])))
+        await self.play(FakeConnection(first, first, again), FakeConnection(message(6, [6, 7])))
         self.assertEqual(self.client.calls, [([3, 4, 5, 6], "a", 7, 0), ([7], "a", 8, 0)])
 
     async def test_offset_that_goes_back(self) -> None:
@@ -229,15 +234,16 @@ class OnMessageTests(RuleCase):
         kept = []
 
         async def react(samples: list[Any]) -> None:
-            for number in 1, 2, 3:
-                await asyncio.sleep(0)
-                connection.bring(message(number, [number]))
             kept.append(samples)
             if len(kept) == 2:
                 self.client.stop()
+                return
+            for number in 1, 2, 3:
+                await asyncio.sleep(0)
+                connection.bring(message(number, [number]))
 
         self.client.react = react
-        await self.follow(connection)
+        await self.play(connection)
         self.assertEqual(self.client.calls, [([0], "a", 1, 0), ([1, 2, 3], "a", 4, 0)])
         self.assertEqual(kept, [[0], [1, 2, 3]])
 
@@ -255,7 +261,7 @@ class OnMessageTests(RuleCase):
             self.client.stop()
 
         self.client.react = take_two
-        await self.follow(FakeConnection(message(0, [0, 1, 2, 3, 4]), message(9, [9])))
+        await self.play(FakeConnection(message(0, [0, 1, 2, 3, 4]), message(9, [9])))
         self.assertEqual(self.client.place, ("a", 2, 0))
 
     async def test_stop(self) -> None:
@@ -264,7 +270,7 @@ class OnMessageTests(RuleCase):
         for behind in (rest, rest[1:], ()):
             self.client = Recording()
             self.client.react = lambda samples: self.client.stop()
-            await self.follow(FakeConnection(message(0, [0]), *behind))
+            await self.play(FakeConnection(message(0, [0]), *behind))
             self.assertEqual((len(self.client.calls), self.client.place), (1, ("a", 1, 0)))
 
     async def test_stop_while_it_awaits(self) -> None:
@@ -275,13 +281,13 @@ class OnMessageTests(RuleCase):
             await asyncio.Event().wait()
 
         self.client.react = react
-        await self.follow(FakeConnection(message(3, [3, 4]), stays_open=True))
+        await self.play(FakeConnection(message(3, [3, 4]), stays_open=True))
         self.assertEqual(self.client.place, ("a", 3, 0))
 
 
 class FailureTests(RuleCase):
     def fail_once(self, samples: list[Any]) -> None:
-        """Spoil the first list, and raise an exception."""
+        """Spoil the first list, and raise what could be taken for a connection that failed."""
         if len(self.client.calls) == 1:
             samples.clear()
             raise OSError("a full disk")
@@ -305,8 +311,8 @@ class FailureTests(RuleCase):
             for react in self.fail_once, self.fail_later, self.be_cancelled:
                 self.client = Recording()
                 self.client.react = react
-                with self.subTest(react=react), self.assertLogs("client", "WARNING") as logs:
-                    await self.follow(first, FakeConnection(news))
+                with self.assertLogs("client", "WARNING") as logs:
+                    await self.play(first, FakeConnection(news))
                 self.assertRegex(logs.output[0], "(?s)Traceback .*(a full disk|CancelledError)$")
                 self.assertEqual(self.client.urls[1], "ws://localhost/?epoch=a&offset=3")
                 self.assertEqual(self.client.calls, [([3, 4], "a", 5, 0)] * 2)
@@ -323,8 +329,8 @@ class FailureTests(RuleCase):
         for react in generator, async_generator:
             self.client = Recording()
             self.client.react = react
-            with self.subTest(react=react), self.assertLogs("client", "WARNING") as logs:
-                await self.follow(FakeConnection(message(3, [3])))
+            with self.assertLogs("client", "WARNING") as logs:
+                await self.play(FakeConnection(message(3, [3])))
             self.assertRegex(logs.output[0], "(?s)Traceback .*TypeError: ")
             self.assertEqual(self.client.place, ("a", 3, 0))
 
@@ -334,8 +340,8 @@ class ConnectionTests(RuleCase):
         """One short line shows its beginning; it and what came after it are not taken."""
         for bad in "[" * 100_000, "two\nlines", b"\x00\xff", message(1, 1):
             self.client = Recording()
-            with self.subTest(bad=bad[:80]), self.assertLogs("client", "WARNING") as logs:
-                await self.follow(FakeConnection(message(0, [0]), bad, message(1, [1])))
+            with self.assertLogs("client", "WARNING") as logs:
+                await self.play(FakeConnection(message(0, [0]), bad, message(1, [1])))
             self.assertEqual(self.client.calls, [([0], "a", 1, 0)])
             self.assertIn(repr(bad[:20])[:-1], logs.output[0])
             self.assertNotIn("\n", logs.output[0])
@@ -345,7 +351,7 @@ class ConnectionTests(RuleCase):
         """`connected` is true from the handshake to the end, at which the client says 1000."""
         seen = [self.client.connected]
         self.client.react = lambda samples: seen.append(self.client.connected)
-        await self.follow(connection := FakeConnection(message(0, [0])))
+        await self.play(connection := FakeConnection(message(0, [0])))
         self.assertEqual([*seen, self.client.connected], [False, True, False])
         self.assertEqual(connection.closed_with, 1000)
 
@@ -355,48 +361,62 @@ class ConnectionTests(RuleCase):
             connection = FakeConnection()
             connection.close_code, connection.close_reason = code, reason
             with self.assertLogs("client", "WARNING") as logs:
-                await self.follow(connection)
-            self.assertIn(f"{code or ''} {reason!r}" if code else "lost", logs.output[0])
+                await self.play(connection)
+            self.assertIn(f"{code} {reason!r}" if code else "lost", logs.output[0])
             self.assertNotIn("\n", logs.output[0])
             self.assertNotIn("None", logs.output[0])
 
 
 class BackoffTests(QuietCase):
-    def assert_waits(self, *connections: FakeConnection, limits: list[int], **delay: float) -> None:
-        """Assert that the waits after these connections are spread from 0 to these limits."""
-        waits: list[list[float]] = []  # of each of a hundred clients
-        with hurried(1_000_000) as runner:
-            for _ in range(100):
-                client = WebSocketClient("wss://localhost/", **delay)
-                with self.assertLogs("client", "WARNING") as logs:
-                    runner.run(follow(client, *connections))
-                seconds = re.findall(r"next try in ([\d.]+) s", "\n".join(logs.output))
-                self.assertEqual(len(seconds), len(limits))
-                waits.append([float(wait) for wait in seconds])
+    async def waits(self, *connections: FakeConnection, **delay: float) -> list[float]:
+        """Return how long a client sleeps after each of these connections."""
+        waits: list[float] = []
+        sleep = asyncio.sleep
+
+        async def record(seconds: float) -> None:
+            if seconds:
+                waits.append(seconds)
+            await sleep(0)
+
+        client = WebSocketClient("ws://localhost/", **delay)
+        with mock.patch("asyncio.sleep", record), self.assertLogs("client", "WARNING"):
+            await play(client, *connections)
+        return waits
+
+    async def assert_waits(
+        self, *connections: FakeConnection, limits: list[int], **delay: float
+    ) -> None:
+        """Assert that the waits of 100 clients are spread from 0 to these limits."""
+        clients = [await self.waits(*connections, **delay) for _ in range(100)]
         for number, limit in enumerate(limits):
-            spread = [of_client[number] for of_client in waits]
-            self.assertLess(min(spread), 0.2 * limit)
-            self.assertGreater(max(spread), 0.8 * limit)
-            self.assertLessEqual(max(spread), limit)
+            waits = [client[number] for client in clients]
+            # By chance, each of these would fail once in 10 ** 9 times.
+            self.assertLess(min(waits), 0.2 * limit)
+            self.assertGreater(max(waits), 0.8 * limit)
+            self.assertLessEqual(max(waits), limit)
 
-    def test_limit_is_doubled(self) -> None:
+    async def test_limit_is_doubled(self) -> None:
         """Each failure doubles the limit, up to 30 s."""
-        self.assert_waits(*[FakeConnection()] * 6, limits=[3, 6, 12, 24, 30, 30])
+        await self.assert_waits(*[FakeConnection()] * 6, limits=[3, 6, 12, 24, 30, 30])
 
-    def test_limit_returns(self) -> None:
-        """It returns when the position has moved or the epoch is new, and after nothing else."""
-        sample, another = FakeConnection(message(0, [0])), FakeConnection(message(1, [1]))
+    async def test_limit_returns(self) -> None:
+        """It returns when the position has moved, or the epoch is new."""
+        first, second = FakeConnection(message(0, [0])), FakeConnection(message(1, [1]))
         nothing = FakeConnection()
-        self.assert_waits(sample, nothing, another, nothing, limits=[3, 6, 3, 6])
+        await self.assert_waits(first, nothing, second, nothing, limits=[3, 6, 3, 6])
         old, new = FakeConnection(message(0, [])), FakeConnection(message(0, [], "b"))
-        self.assert_waits(old, old, old, new, new, limits=[3, 6, 12, 3, 6])
-        nonsense, refused = FakeConnection("nonsense"), FakeConnection(message(0, [2]))
-        self.assert_waits(refused, refused, nonsense, refused, limits=[3, 6, 12, 24])
+        await self.assert_waits(old, old, old, new, new, limits=[3, 6, 12, 3, 6])
 
-    def test_retry_delay(self) -> None:
+    async def test_limit_stays(self) -> None:
+        """What cannot be understood, and what on_message refuses, does not make a wait short."""
+        nonsense, bad_sample = FakeConnection("nonsense"), FakeConnection(message(0, [2]))
+        connections = bad_sample, bad_sample, nonsense, bad_sample
+        await self.assert_waits(*connections, limits=[3, 6, 12, 24])
+
+    async def test_retry_delay(self) -> None:
         """It is the first limit, but none is above 30 s; it must be above 0."""
-        self.assert_waits(FakeConnection(), FakeConnection(), limits=[1, 2], retry_delay=1)
-        self.assert_waits(FakeConnection(), limits=[30], retry_delay=1_000)
+        await self.assert_waits(FakeConnection(), FakeConnection(), limits=[1, 2], retry_delay=1)
+        await self.assert_waits(FakeConnection(), limits=[30], retry_delay=1_000)
         for delay in 0, -1, math.nan:
             with self.subTest(delay=delay), self.assertRaises(ValueError):
                 WebSocketClient("ws://localhost/", delay)
@@ -407,11 +427,11 @@ class HistoryTests(RuleCase):
         """Whatever 5,000 servers say in whatever order, each client takes and misses what it must."""
         asyncio.get_running_loop().set_debug(False)  # or it takes four times as long
         for number in range(5_000):
-            with self.subTest(SEED=SEED, number=number):
-                await self.check_history(random.Random(f"{SEED} {number}"))
+            await self.check_history(f"SEED={SEED} {number}")
 
-    async def check_history(self, chance: random.Random) -> None:
+    async def check_history(self, seed: str) -> None:
         """Compare a client with a simple count. Each sample is its own number."""
+        chance = random.Random(seed)
         messages, expected = [], []
         epoch, first = "1", chance.choice((0, 1_000))
         offset = first
@@ -429,10 +449,11 @@ class HistoryTests(RuleCase):
                 epoch, offset = str(len(ends) + 1), chance.choice((0, 0, 3, 40))
         cut = chance.randrange(len(messages) + 1)
         self.client = Recording()
-        await self.follow(FakeConnection(*messages[:cut]), FakeConnection(*messages[cut:]))
+        await self.play(FakeConnection(*messages[:cut]), FakeConnection(*messages[cut:]))
         calls = self.client.calls
         taken = [(epoch, sample) for samples, epoch, _, _ in calls for sample in samples]
-        self.assertEqual(taken, expected)
+        self.assertEqual(taken, expected, seed)
+        # All that there was, but for what was before the first message, and what was taken.
         missed = sum(ends.values()) - first - len(expected)
         last = [*ends][-1]
-        self.assertEqual(self.client.place, (last, ends[last], missed))
+        self.assertEqual(self.client.place, (last, ends[last], missed), seed)

@@ -83,14 +83,14 @@ class ConnectingTests(ServerCase):
         self.handler.send_message([*range(15)])
         self.known = f"?epoch={self.stream.epoch}"
 
-    async def starts_at(self, offset: int, *queries: str) -> None:
+    async def assert_starts_at(self, offset: int, *queries: str) -> None:
         """The first message must begin here."""
         for query in queries:
             with self.subTest(query=query[:40]):
                 first = await read(await self.connect(query))
                 self.assertEqual(first, (offset, [*range(offset, 15)]))
 
-    async def refused(self, code: int, query: str = "", **options: Any) -> str:
+    async def assert_refused(self, code: int, query: str = "", **options: Any) -> str:
         """Return the reason why a connection is refused with this code."""
         with self.assertRaisesRegex(HTTPClientError, f"HTTP {code}: ") as caught:
             await self.connect(query, **options)
@@ -98,15 +98,15 @@ class ConnectingTests(ServerCase):
 
     async def test_without_this_epoch(self) -> None:
         """Without an epoch, or with another, a client starts at the oldest sample."""
-        await self.starts_at(5, "", "?", "?offset=12", "?offset=abc")
+        await self.assert_starts_at(5, "", "?", "?offset=12", "?offset=abc")
         others = ("00000000", "x" * 5_000, "", "%00", "%D9%A1", self.stream.epoch + "0")
-        await self.starts_at(5, *(f"?epoch={other}&offset=12" for other in others))
+        await self.assert_starts_at(5, *(f"?epoch={other}&offset=12" for other in others))
 
     async def test_with_this_epoch(self) -> None:
         """With this epoch, a client starts at its offset, or at the oldest sample after it."""
         for offset in (0, 4, 5, 6, 14, 15):
-            await self.starts_at(max(5, offset), f"{self.known}&offset={offset}")
-        await self.starts_at(12, f"{self.known}&offset=000000000000012")
+            await self.assert_starts_at(max(5, offset), f"{self.known}&offset={offset}")
+        await self.assert_starts_at(12, f"{self.known}&offset=000000000000012")
 
     async def test_with_an_impossible_offset(self) -> None:
         """This epoch, and no number from 0 to the end in 1 to 15 digits: 400 with the reason."""
@@ -114,25 +114,26 @@ class ConnectingTests(ServerCase):
         odd += ["16", "9" * 15, "1" * 16, "0" * 15 + "1", "1" * 5_000, "%C2%B2"]
         for query in ("", *(f"&offset={offset}" for offset in odd)):
             with self.subTest(query=query[:30]):
-                self.assertIn("offset", await self.refused(400, self.known + query))
+                self.assertIn("offset", await self.assert_refused(400, self.known + query))
 
     async def test_with_an_origin(self) -> None:
         """A page of another site gets 403, and one of the server's own is let in."""
-        await self.refused(403, headers={"Origin": "http://evil.example"})
+        await self.assert_refused(403, headers={"Origin": "http://evil.example"})
         await self.connect(headers={"Origin": f"http://127.0.0.1:{self.port}"})
 
     async def test_elsewhere(self) -> None:
         """There is one route, without a slash at its end; anything else gets 404."""
-        for path in ("/", "/x", "s"):
-            await self.refused(404, path)
+        for path in ("/", "/x", "s"):  # behind /websocket
+            await self.assert_refused(404, path)
 
     async def test_too_many_clients(self) -> None:
         """Of 100 at once, max_clients get in; one more gets 503, until another has left."""
         self.handler.max_clients = 5
         tries = await asyncio.gather(*(self.connect() for _ in range(100)), return_exceptions=True)
         admitted = [one for one in tries if isinstance(one, WebSocketClientConnection)]
-        self.assertEqual(len(admitted), 5)
-        self.assertIn("clients", await self.refused(503))
+        codes = [one.code for one in tries if isinstance(one, HTTPClientError)]
+        self.assertEqual((len(admitted), codes), (5, 95 * [503]))
+        self.assertIn("clients", await self.assert_refused(503))
         admitted[0].close()
         await until(lambda: len(self.handler.clients) == 4)
         await self.connect()
@@ -160,6 +161,7 @@ class SendingTests(ServerCase):
             while not threads.done():
                 async with following(visitor := Recorder(self.url)):
                     await until(lambda: visitor.connected)
+            await threads
             await until(lambda: client.position == 15_000)
         for name in "abc":
             numbers = [number for thread, number in client.samples if thread == name]
@@ -210,8 +212,8 @@ class BadClientTests(ServerCase):
 
 
 class SubclassTests(ServerCase):
-    async def test_that_calls_super(self) -> None:
-        """A client that leaves while `prepare` awaits something is forgotten; the next is served."""
+    async def test_whose_client_leaves_during_prepare(self) -> None:
+        """It is forgotten, although `prepare` goes on after that; the next client is served."""
         asking: list[WebSocketServer] = []
         answer = asyncio.Event()
 
@@ -266,7 +268,7 @@ class MakeAppTests(ServerCase):
         self.handler = new_handler(parent := new_handler())
         await self.restart()
         connection = await self.ready()
-        with self.assertRaisesRegex(RuntimeError, self.handler.__name__):
+        with self.assertRaisesRegex(RuntimeError, "served already"):
             make_app(self.handler)
         make_app(parent)
         make_app(new_handler(self.handler))
@@ -339,9 +341,10 @@ class ServeTests(ServerCase):
         """Or on an address that is not here: an OSError names both, and the other server goes on."""
         app = make_app(new_handler())
         for host in ("127.0.0.1", "no-such-host.invalid", "x" * 300, "192.0.2.1", "[2001:db8::1]"):
-            with self.subTest(host), self.assertRaises(OSError) as caught:
-                await self.enterAsyncContext(serving(app, self.port, host.strip("[]")))
-            self.assertIn(f"{host}:{self.port}", str(caught.exception))
+            with self.subTest(host):
+                with self.assertRaises(OSError) as caught:
+                    await self.enterAsyncContext(serving(app, self.port, host.strip("[]")))
+                self.assertIn(f"{host}:{self.port}", str(caught.exception))
         await self.ready()
 
     async def test_on_what_cannot_be_meant(self) -> None:
@@ -352,14 +355,14 @@ class ServeTests(ServerCase):
                 await self.enterAsyncContext(serving(app, port, address))
 
     async def test_with_tls(self) -> None:
-        """The URL begins with wss; a client that does not trust the certificate has a line a try."""
+        """The URL begins with wss; a client that does not trust the certificate logs one line a try."""
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.load_cert_chain(**AsyncHTTPSTestCase.default_ssl_options())
         async with serving(make_app(handler := new_handler()), ssl=context) as url:
             self.assertRegex(url, r"\Awss://127\.0\.0\.1:\d+/websocket\Z")
             handler.send_message([1])
             client = Recorder(url)
-            await self.cannot_connect(client, "certificate verify failed")
+            await self.assert_cannot_connect(client, "certificate verify failed")
             anyone = lambda url: HTTPRequest(url, validate_cert=False)
             with mock.patch.object(client, "request", anyone):
                 async with following(client):
@@ -378,9 +381,9 @@ class ServeTests(ServerCase):
             client = Recorder(url)
             trusting = lambda url: HTTPRequest(url, ca_certs=trusted)
             with mock.patch.object(client, "request", trusting):
-                await self.cannot_connect(client, "not valid for '127.0.0.1'")
+                await self.assert_cannot_connect(client, "not valid for '127.0.0.1'")
 
-    async def cannot_connect(self, client: Recorder, reason: str) -> None:
+    async def assert_cannot_connect(self, client: Recorder, reason: str) -> None:
         """Each try of the client must be one line that has this reason."""
         with self.assertLogs("client", "WARNING") as logs:
             async with following(client):

@@ -156,9 +156,16 @@ class ThreadTests(ServedCase):
     async def test_stop_at_any_moment(self) -> None:
         """After 200 starts, each with a stop in another thread, nothing is left, and all works."""
         client, before, opened = Recorder(self.url), threads(), files()
+
+        def start_and_stop() -> None:
+            stopping = threading.Thread(target=client.stop)
+            stopping.start()
+            client.start()
+            stopping.join()
+            client.stop()
+
         for _ in range(200):
-            await asyncio.gather(asyncio.to_thread(client.stop), asyncio.to_thread(client.start))
-            await asyncio.to_thread(client.stop)
+            await asyncio.to_thread(start_and_stop)
         async with started(client):
             pass
         await until(lambda: threads() == before, threads)
