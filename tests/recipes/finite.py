@@ -10,10 +10,10 @@ all results for those who come late. It ends when every connected client has eve
 for the first one for an hour, or for --wait seconds. Ctrl-C ends either of the two earlier; the
 status of the client is 1 then. It needs only Tornado.
 
-Its limits: all results stay in the server's memory. A client "has" what was handed to the network.
-One that has lost its connection at the moment when the others have everything finds no server when
-it comes back, and tries for ever. When the server is started again, it computes everything again,
-and the client begins anew.
+Its limits: no result may be a dict with the key "results". All results stay in the server's memory.
+A client "has" what was handed to the network. One that has lost its connection at the moment when
+the others have everything finds no server when it comes back, and tries for ever. When the server
+is started again, it computes everything again, and the client begins anew.
 """
 
 import argparse

@@ -18,8 +18,9 @@ A bad row does not end the stream. If `read_row` raises a ValueError, or JSON ca
 other rows keep their numbers. An empty line is a row, too. Any source survives bad data like this:
 check each sample where you still know where it came from.
 
-Its limits: rows that were sent must never change; two files of the same name are the same stream; a
-file has one server. It survives a kill, but not always a power failure (it does not call fsync).
+Its limits: rows that were sent must never change, nor the column or `read_row`; two files of the
+same name are the same stream; a file has one server. It survives a kill, but not always a power
+failure (it does not call fsync).
 """
 
 import argparse
