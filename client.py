@@ -19,7 +19,7 @@ from tornado.httputil import url_concat
 from tornado.websocket import WebSocketClientConnection, WebSocketError, websocket_connect
 
 logger = logging.getLogger("client")
-Messages = asyncio.Queue[str | bytes | None]  # a type; None is the end of the connection
+Messages = asyncio.Queue[str | bytes | None]  # a type alias; None is the end of a connection
 
 
 class BetaBinomial(NamedTuple):
@@ -96,10 +96,10 @@ class WebSocketClient:
         """Update the posterior with the next samples. Replace this; it may be `async def`.
 
         `epoch`, `position` and `missed` already say where the stream goes on after them: save these
-        together with your own state. After an exception the same samples come again, for ever: so
+        together with your own state. After an exception the same samples come again and again: so
         handle a bad sample in here, and change your state last. To take only the first n, subtract
-        len(samples) - n from `position`, and call `stop`. While an `async def` awaits, messages
-        gather in memory; `stop` ends it as an exception does.
+        len(samples) - n from `position`, call `stop`, and await nothing after that. While an
+        `async def` awaits, messages gather in memory; `stop` ends it as an exception does.
         """
         self.posterior = self.posterior.update(samples)
         return None
@@ -112,7 +112,7 @@ class WebSocketClient:
         """Follow the stream in the running event loop, until `stop`."""
         self._refuse_a_second()
         self.thread = None
-        # Unlike `await`, a group does not cancel the caller, too, when `stop` cancels the task.
+        # When `stop` cancels the task, `await task` would raise CancelledError; a group just ends.
         async with asyncio.TaskGroup() as group:
             self._follower = group.create_task(self._follow())
 
@@ -134,7 +134,7 @@ class WebSocketClient:
     def stop(self) -> None:
         """End what `run` or `start` has begun. Any thread may call this, and so may `on_message`.
 
-        After `start` it waits for the end, except in `on_message`. It raises a SystemExit of that.
+        After `start` it waits, except in `on_message`. A SystemExit of on_message comes out here.
         """
         follower = self._follower
         if follower:
@@ -142,7 +142,7 @@ class WebSocketClient:
                 follower.get_loop().call_soon_threadsafe(follower.cancel)
             if self.thread and self.thread is not threading.current_thread():
                 while self.thread.is_alive() and not follower.done():
-                    self.thread.join(0.01)  # not join(): it may still look up the name of a host
+                    self.thread.join(0.01)  # not join(): a host's name may take the thread long
                 if follower.done() and not follower.cancelled():
                     follower.result()
 
@@ -158,8 +158,8 @@ class WebSocketClient:
             try:
                 reason = await self._listen()
             except (Exception, asyncio.CancelledError):
-                if self._follower and self._follower.cancelling():
-                    raise  # that is `stop`
+                if (task := asyncio.current_task()) and task.cancelling():
+                    raise  # by `stop`; another CancelledError is a failure of on_message
                 logger.exception("an error in on_message or request")
                 reason = "the same samples will come again"
             if (self.epoch, self.position) != before:
@@ -186,7 +186,7 @@ class WebSocketClient:
         finally:
             self.connected = False
             connection.close(1000)
-            while await arrived.get() is not None:  # until Tornado has closed it: 5 s at most
+            while await arrived.get() is not None:  # which comes when it is closed, within 5 s
                 pass
 
     async def _take_messages(self, connection: WebSocketClientConnection, arrived: Messages) -> str:
@@ -198,7 +198,7 @@ class WebSocketClient:
                 pending = []
             message = await arrived.get()
             if message is None:
-                arrived.put_nowait(None)  # put it back: `_listen` reads until the end
+                arrived.put_nowait(None)  # put it back: `_listen` waits for it
                 reason = "connection lost"
                 if connection.close_code:
                     reason = f"closed with {connection.close_code} {connection.close_reason!r}"
@@ -212,7 +212,7 @@ class WebSocketClient:
                 await self._hand_over(pending)
                 pending = []
                 self._move(epoch, offset)
-            pending += samples[self.position + len(pending) - offset :]  # without what was taken
+            pending += samples[self.position + len(pending) - offset :]  # skip what was taken
         await self._hand_over(pending)
         return reason
 

@@ -68,6 +68,19 @@ class RunTests(ServedCase):
                 client.stop()
                 self.assertEqual(client.samples, [1])
 
+    async def test_second_run(self) -> None:
+        """A failure at its start is logged and tried again, also where tasks begin eagerly."""
+        loop = asyncio.get_running_loop()
+        self.addCleanup(loop.set_task_factory, None)
+        loop.set_task_factory(getattr(asyncio, "eager_task_factory", None))
+        self.handler.send_message([1])
+        client = Once(self.url, retry_delay=1e-9)
+        await client.run()
+        broken = mock.patch.object(client, "request", side_effect=KeyError("token"))
+        with broken, self.assertLogs("client", "WARNING") as logs:
+            async with following(client):
+                await until(lambda: len(logs.output) > 2)
+
     async def test_caller_is_not_cancelled(self) -> None:
         """After a time limit has ended run, stop does nothing, and the client can go on."""
         client = Recorder(self.url)
