@@ -50,7 +50,7 @@ class Stream:
     """A numbered log, of which the newest samples are kept. Make it while an event loop runs."""
 
     history_size = 10_000  # samples that are kept; if you append more at once, some are missed
-    message_size = 1_000  # samples in one message, at most; 0 means 1
+    message_size = 1_000  # samples in one message: at most so many, but at least 1
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
@@ -68,8 +68,8 @@ class Stream:
         """
         if not isinstance(samples, list):
             raise TypeError(f"samples must be a list, not {samples!r:.80}")
-        # One call for all samples is ten times as fast as one for each. But if a sample has a comma
-        # inside, as a list has, this makes more parts than there are samples.
+        # One call for all samples is ten times as fast as one for each. But if a sample has ", "
+        # inside, this makes more parts than there are samples.
         texts = json.dumps(samples, allow_nan=False)[1:-1].split(", ")
         if len(texts) != len(samples):
             texts = [json.dumps(sample, allow_nan=False) for sample in samples]
@@ -103,8 +103,8 @@ class Stream:
 class WebSocketServer(websocket.WebSocketHandler):
     """One client: Tornado makes an instance for each connection. The class has what they share.
 
-    A subclass has its own stream. If it overrides `prepare`, `open` or `on_close`, it must call
-    super(), and in `prepare` after whatever it awaits.
+    A subclass that make_app has got has its own stream. If it overrides `prepare`, `open` or
+    `on_close`, it must call super(); an `async def prepare` does that last.
     """
 
     clients: ClassVar[set["WebSocketServer"]] = set()  # subclasses share this set
@@ -134,29 +134,29 @@ class WebSocketServer(websocket.WebSocketHandler):
 
     def open(self) -> None:
         if not self.gone:  # it may have left while a subclass awaited something in `prepare`
+            self.set_nodelay(True)  # or a small message waits until the last one is confirmed
+            self.feeding = asyncio.Task(self.feed())  # create_task might begin it inside `open`
             self.clients.add(self)
             logger.info("client %s connected, %d in all", self.request.remote_ip, len(self.clients))
-            self.set_nodelay(True)  # or a small message waits until the last one is confirmed
-            self.feeding = asyncio.Task(self.feed())  # begins later; create_task might begin it now
 
     async def feed(self) -> None:
         """Send what this client lacks, wait for more, and so on, until the client has left.
 
-        A slow client keeps only its own task waiting. Its next message has what came meanwhile.
+        A slow client keeps only its own task waiting, and gets fewer, longer messages.
         """
         try:
             while True:  # the first message may be empty: it tells the client where it stands
                 message, self.position = self.stream.read(self.position)
                 await self.write_message(message)
-                # Nothing is appended between this test and wait(): no `await` is in between.
+                # Nothing can be appended between this test and the moment when it waits.
                 while self.position >= self.stream.end:
                     await self.stream.grown.wait()
         except Exception as error:
             if not isinstance(error, websocket.WebSocketClosedError):
                 logger.exception("client %s cannot be served", self.request.remote_ip)
                 self.close(1011, "internal error")
-            await asyncio.sleep(6)  # by then on_close has cancelled this, if Tornado has called it
-            self.on_close()
+            await asyncio.sleep(6)  # Tornado calls on_close within 5 s, which cancels this task;
+            self.on_close()  # but if `open` of a subclass has failed, Tornado never calls it
 
     def on_message(self, message: str | bytes) -> None:
         self.close(1008, "this stream is read-only")
@@ -226,7 +226,7 @@ async def main() -> None:
 
 
 def run(program: Coroutine[Any, Any, None]) -> None:
-    """Run a program such as `main()`, until Ctrl-C, SIGTERM or an OSError, which is one line."""
+    """Run a program such as `main()` until Ctrl-C or SIGTERM; an OSError ends it with one line."""
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logger.setLevel(logging.INFO)
     problem: BaseException | None = None
@@ -240,7 +240,7 @@ def run(program: Coroutine[Any, Any, None]) -> None:
             loop.add_signal_handler(signal.SIGTERM, task.cancel)
         try:
             loop.run_until_complete(task)
-        except* OSError as group:  # by itself, or in a group, where a TaskGroup puts it
+        except* OSError as group:  # also one that a TaskGroup of the program has put into a group
             problem = group.exceptions[0]
     if problem:  # not inside except*, which would put SystemExit into a group
         raise SystemExit(str(problem))
