@@ -6,8 +6,6 @@ import re
 from subprocess import DEVNULL
 from typing import Any
 
-from tornado.ioloop import PeriodicCallback
-
 from client import BetaBinomial
 from tests.recipes import changing_coin
 from tests.recipes.other_libraries import Position
@@ -94,20 +92,20 @@ class NotebookTests(RecipeCase):
         """The picture moves while another cell runs, until the sd is small; then it begins anew."""
         text = (ROOT / "tests" / "recipes" / "notebook.py").read_text(encoding="utf-8")
         text = text.replace("ws://localhost:8765/websocket", self.url)
+        text = text.replace("PAUSE = 0.2", "PAUSE = 0")
         head, first, look, last = re.split("^(?=# %%)", text, flags=re.MULTILINE)
-        feeding = PeriodicCallback(lambda: self.handler.send_message([0, 1]), 5)
         await self.run_cell(head)
         shown = await self.run_cell(first)
-        feeding.start()
-        shown += await self.run_cell(f"{look}\nwhile client.position < 300: time.sleep(0.01)")
+        self.handler.send_message([0, 1] * 50)
+        shown += await self.run_cell(f"{look}\nwhile client.position < 100: time.sleep(0.01)")
+        self.handler.send_message([0, 1] * 400)
+        shown += await self.run_cell("client.thread.join()\nassert client.posterior.sd <= ENOUGH")
         self.assertGreater(len({picture for picture, _ in shown}), 2)
         self.assertEqual(len({place for _, place in shown}), 1)
-        await self.run_cell("client.thread.join()\nassert client.posterior.sd <= ENOUGH")
         endless = first.replace("ENOUGH = 0.02", "ENOUGH = 0")
         await self.run_cell(f"{endless}\nwhile not client.connected: time.sleep(0.01)")
         await self.run_cell(endless)  # which ends the client before
         await self.run_cell(f"{last}\nassert not old.connected and not client.connected")
-        feeding.stop()
 
 
 @needs("websockets", "websocket")
