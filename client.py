@@ -290,7 +290,7 @@ def watch(client: WebSocketClient) -> None:
 
 
 def main(client_type: type[WebSocketClient] = WebSocketClient) -> None:
-    """Watch a client of the URL that the command line gives."""
+    """Watch a client of the URL on the command line. In a notebook, call its `start` instead."""
     parser = argparse.ArgumentParser(description="Follow a stream, and show its posterior.")
     parser.add_argument("--url", default="ws://localhost:8765/websocket", help="%(default)s")
     try:
