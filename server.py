@@ -103,7 +103,7 @@ class Stream:
 class WebSocketServer(websocket.WebSocketHandler):
     """One client: Tornado makes an instance for each connection. The class has what they share.
 
-    A subclass that make_app has got has its own stream. If it overrides `prepare`, `open` or
+    A subclass that is given to make_app has its own stream. If it overrides `prepare`, `open` or
     `on_close`, it must call super(); an `async def prepare` does that last.
     """
 

@@ -5,8 +5,10 @@ many clients, slow links and restarts to the other tests of faults.
 """
 
 import asyncio
+import socket
 import ssl
 import time
+import unittest
 from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock
@@ -353,6 +355,13 @@ class ServeTests(ServerCase):
         for port, address in ((0, ""), (-1, "localhost"), (65_536, "localhost")):
             with self.assertRaisesRegex(ValueError, f"{address!r}, {port}"):
                 await self.enterAsyncContext(serving(app, port, address))
+
+    @unittest.skipUnless(socket.has_dualstack_ipv6(), "there is no IPv6")
+    async def test_on_ipv6(self) -> None:
+        """The URL has the address in brackets, and leads to the server."""
+        async with serving(make_app(new_handler()), address="::1") as self.url:
+            self.assertRegex(self.url, r"\Aws://\[::1\]:\d+/websocket\Z")
+            await self.ready()
 
     async def test_with_tls(self) -> None:
         """The URL begins with wss; a client that does not trust the certificate logs one line a try."""
