@@ -142,7 +142,7 @@ class WebSocketClient:
                 follower.get_loop().call_soon_threadsafe(follower.cancel)
             if self.thread and self.thread is not threading.current_thread():
                 while self.thread.is_alive() and not follower.done():
-                    self.thread.join(0.01)  # not join(): a host's name may take the thread long
+                    self.thread.join(0.01)  # not join(): it may still wait for a name server
                 if follower.done() and not follower.cancelled():
                     follower.result()
 
