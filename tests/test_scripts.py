@@ -35,6 +35,12 @@ def end(process: Popen[str], number: signal.Signals = signal.SIGINT) -> tuple[in
     return process.wait(), out, log
 
 
+def freeze(process: Popen[str]) -> None:
+    """Stop a process as Ctrl-Z does, and wait until its last thread stands still."""
+    process.send_signal(signal.SIGSTOP)
+    os.waitpid(process.pid, os.WUNTRACED)
+
+
 def follow(process: Popen[str], trials: int) -> None:
     """Read the lines of client.py until one has counted so many tosses; none may be missed."""
     assert process.stdout
@@ -74,7 +80,7 @@ class PairTests(unittest.TestCase):
         """Both have the same last line, though one has come later, and the other was frozen."""
         trials = 6_000 if LONG else 300  # after 30 s, a ping has timed out
         follow(self.client, 50)
-        self.client.send_signal(signal.SIGSTOP)
+        freeze(self.client)
         other = self.start_client()
         follow(other, trials)
         self.client.send_signal(signal.SIGCONT)
@@ -92,7 +98,7 @@ class PairTests(unittest.TestCase):
         clients = [self.start_client() for _ in pauses]
         for client in clients:
             follow(client, 10)
-        self.server.send_signal(signal.SIGSTOP)
+        freeze(self.server)
         for client, pause in zip(clients, pauses, strict=True):
             client.send_signal(signal.SIGINT)
             time.sleep(pause)  # the fault itself
@@ -103,7 +109,7 @@ class PairTests(unittest.TestCase):
         """A second one ends it though a client does not answer the goodbye; no traceback."""
         other = self.start_client()
         line_with(self.server, " connected, 2 in all")
-        self.client.send_signal(signal.SIGSTOP)
+        freeze(self.client)
         self.server.send_signal(signal.SIGTERM)
         line_with(other, "1001")
         status, _, log = end(self.server, signal.SIGTERM)
