@@ -17,9 +17,19 @@ from typing import Any, NamedTuple
 from tornado.ioloop import PeriodicCallback
 
 from server import WebSocketServer, make_app
-from tests import support
 from tests.faults import Proxy
-from tests.support import SEED, Recorder, following, own_port, until, url_at
+from tests.programs import running
+from tests.support import (
+    SEED,
+    QuietCase,
+    Recorder,
+    following,
+    new_handler,
+    own_port,
+    serving,
+    until,
+    url_at,
+)
 
 
 class Pair(NamedTuple):
@@ -110,9 +120,9 @@ class Scene:
 @contextlib.asynccontextmanager
 async def scene(pair: Pair = OURS) -> AsyncIterator[Scene]:
     """Serve a new stream of numbers in this event loop, to a healthy client."""
-    handler = support.new_handler(pair.handler)
+    handler = new_handler(pair.handler)
     app = make_app(handler)
-    async with support.serving(app) as url, following(control := pair.client(url)):
+    async with serving(app) as url, following(control := pair.client(url)):
         await until(lambda: control.epoch)
         yield Scene(handler, url, control)
 
@@ -154,7 +164,7 @@ def number_server(
             PeriodicCallback(send, 5).start()
             await server.serve(app, {port}, "127.0.0.1")
         server.run(main())"""
-    return support.running("-c", code, stderr=DEVNULL, patience=600)
+    return running("-c", code, stderr=DEVNULL, patience=600)
 
 
 async def restarts(pair: Pair, *signals: signal.Signals, clients: int = 5) -> Count:
@@ -177,7 +187,7 @@ async def restarts(pair: Pair, *signals: signal.Signals, clients: int = 5) -> Co
     return count
 
 
-class FaultCase(support.QuietCase):
+class FaultCase(QuietCase):
     """A test whose random faults can be repeated, but for their timing: `SEED=123 python ...`."""
 
     def setUp(self) -> None:

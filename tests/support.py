@@ -1,4 +1,4 @@
-"""What several test modules share: streams that are served, clients that record, programs."""
+"""What several test modules share: streams that are served, and clients that keep all samples."""
 
 import asyncio
 import contextlib
@@ -10,9 +10,7 @@ import secrets
 import selectors
 import shutil
 import socket
-import subprocess
 import sys
-import threading
 import time
 import unittest
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -63,7 +61,7 @@ def url_at(port: int) -> str:
     return f"ws://127.0.0.1:{port}/websocket"
 
 
-def hurried(factor: int) -> asyncio.Runner:
+def fast_runner(factor: int) -> asyncio.Runner:
     """Make a runner whose clock runs so many times as fast, and which waits as much less."""
     selector = selectors.SelectSelector()
     loop = asyncio.SelectorEventLoop(selector)
@@ -201,41 +199,3 @@ class ServedCase(QuietCase):
         """End this run of the stream, and begin a new one at the same port."""
         await self.served.aclose()
         await self.begin(self.port)
-
-
-@contextlib.contextmanager
-def running(
-    *command: str, python: bool = True, patience: float = PATIENCE, **outputs: Any
-) -> Iterator[subprocess.Popen[str]]:
-    """Run Python, or another program, and pipe both outputs.
-
-    It is killed at the end, and before if it takes too long: a read of its output ends then.
-    """
-    outputs = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | outputs
-    usual = os.environ | {"PYTHONUNBUFFERED": ""}  # or a flush that is missing would not show
-    program = [*((sys.executable, "-W", "error") if python else ()), *command]
-    with subprocess.Popen(program, text=True, cwd=ROOT, env=usual, **outputs) as process:
-        watch = threading.Timer(patience, process.kill)
-        watch.start()
-        try:
-            yield process
-        finally:
-            watch.cancel()
-            process.kill()
-
-
-def line_with(process: subprocess.Popen[str], text: str) -> str:
-    """Read the log of a process until a line has this text, and return it."""
-    log = process.stderr or process.stdout  # where a program logs if both are one
-    assert log
-    lines = []
-    for line in log:
-        lines.append(line)
-        if text in line:
-            return line.rstrip("\n")
-    raise AssertionError(f"the log ended without {text!r}: {''.join(lines)}")
-
-
-def url_of(process: subprocess.Popen[str]) -> str:
-    """Read the log of a server until it names its URL."""
-    return line_with(process, " serving ").split()[-1]

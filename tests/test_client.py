@@ -18,7 +18,7 @@ from tornado.web import Application, RequestHandler
 from tornado.websocket import WebSocketHandler
 
 from client import WebSocketClient
-from tests.support import QuietCase, Recorder, ServedCase, following, hurried, own_port, until
+from tests.support import QuietCase, Recorder, ServedCase, fast_runner, following, own_port, until
 from tests.test_rule import message
 
 
@@ -149,7 +149,7 @@ class SilentServerTests(ClientCase):
                 async with following(client):
                     await until(lambda: client.connected)
 
-        with hurried(20) as runner:
+        with fast_runner(20) as runner:
             runner.run(check())
 
 

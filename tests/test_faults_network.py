@@ -17,7 +17,7 @@ from tornado.testing import bind_unused_port
 from server import make_app
 from tests.faults import BYTEWISE, LATE, SLOW, TEXT, TRICKLE, WHOLE, Proxy, frame
 from tests.scenarios import OURS, Count, FaultCase, LosingServer, Pair, have, newest, scene, storm
-from tests.support import LONG, Recorder, following, hurried, new_handler, until, url_at
+from tests.support import LONG, Recorder, fast_runner, following, new_handler, until, url_at
 
 
 async def more(client: Recorder) -> None:
@@ -97,7 +97,7 @@ class LateJoinerTests(FaultCase):
 
     def test_long_samples(self) -> None:
         """Samples of 20 kB come on one connection: no ping waits too long behind a message."""
-        with hurried(10) as runner:
+        with fast_runner(10) as runner:
             runner.run(self.join())
 
     async def join(self) -> None:

@@ -17,9 +17,9 @@ from typing import Any
 
 from tornado.iostream import StreamClosedError
 
-from tests import support
 from tests.faults import answer, raw_client, request
 from tests.measurements.faults import memory, never_reading
+from tests.programs import running, url_of
 from tests.scenarios import (
     OURS,
     FaultCase,
@@ -30,7 +30,7 @@ from tests.scenarios import (
     restarts,
     scene,
 )
-from tests.support import LONG, Recorder, following, own_port, running, until, url_at
+from tests.support import LONG, PATIENCE, Recorder, fast_runner, following, own_port, until, url_at
 
 needs_proc = unittest.skipUnless(sys.platform == "linux", "reads /proc, which only Linux has")
 needs_posix = unittest.skipIf(os.name == "nt", "Windows has no such signals and limits")
@@ -54,8 +54,8 @@ class SilenceTests(FaultCase):
     """Peers that fall silent are given up after 10 to 25 s, here on a clock that runs faster."""
 
     def run_faster(self, program: Coroutine[Any, Any, None]) -> None:
-        with support.hurried(20) as runner:
-            runner.run(asyncio.wait_for(program, 20 * support.PATIENCE))
+        with fast_runner(20) as runner:
+            runner.run(asyncio.wait_for(program, 20 * PATIENCE))
 
     def test_client(self) -> None:
         """A server drops who sends no request, half a head, half a body, or answers no ping."""
@@ -159,7 +159,7 @@ class ResourceTests(FaultCase):
             server.RandomBernoulli.sample = sample
             server.run(server.main())"""
         with running("-c", code, "--port", "0", "--interval", "10") as process:
-            url = await asyncio.to_thread(support.url_of, process)
+            url = await asyncio.to_thread(url_of, process)
             async with following(client := Recorder(url)):
                 await have(80, client)
         self.assertEqual((client.samples, client.missed), ([*range(client.position)], 0))

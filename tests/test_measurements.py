@@ -9,7 +9,7 @@ from tests.measurements.benchmark import PARTS, PRESENT
 from tests.measurements.chart import draw
 from tests.measurements.contestants import CONTESTANTS
 from tests.measurements.report import PYTHON, Row, take_turns
-from tests.support import running
+from tests.programs import running
 
 
 class MeasurementTests(unittest.TestCase):

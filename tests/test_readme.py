@@ -18,7 +18,8 @@ import client
 import server
 from client import BetaBinomial, WebSocketClient
 from server import Stream, WebSocketServer, make_app
-from tests.support import ROOT, QuietCase, Recorder, following, running, serving, until, url_of
+from tests.programs import running, url_of
+from tests.support import ROOT, QuietCase, Recorder, following, serving, until
 
 RECIPES = ROOT / "tests" / "recipes"
 README = (ROOT / "README.md").read_text(encoding="utf-8")

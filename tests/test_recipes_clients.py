@@ -12,13 +12,13 @@ from unittest import mock
 from tornado.ioloop import PeriodicCallback
 
 from client import BetaBinomial
+from tests.programs import URL, RecipeCase
 from tests.recipes import json_samples
 from tests.recipes.checkpoint import Checkpointed, SavedPosterior
 from tests.recipes.database import DatabaseClient
 from tests.recipes.iterator import Samples
 from tests.recipes.mean_variance import NumberClient
 from tests.support import PATIENCE, following, own_port, until
-from tests.test_recipes_sources import URL, RecipeCase
 
 
 class ProgramTests(RecipeCase):

@@ -7,10 +7,10 @@ from subprocess import DEVNULL
 from typing import Any
 
 from client import BetaBinomial
+from tests.programs import URL, RecipeCase
 from tests.recipes import changing_coin
 from tests.recipes.other_libraries import Position
 from tests.support import PATIENCE, ROOT, needs
-from tests.test_recipes_sources import URL, RecipeCase
 from tests.test_rule import message
 
 

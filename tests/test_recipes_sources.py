@@ -1,16 +1,11 @@
-"""The recipes that are sources or servers; and how the tests of all recipes run them as programs."""
+"""The recipes that are sources or servers."""
 
 import asyncio
 import contextlib
 import importlib
 import os
-import shutil
-import signal
 import socket
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
-from subprocess import STDOUT, Popen
 from typing import Any
 from unittest import mock
 
@@ -18,56 +13,20 @@ from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest, HT
 from tornado.websocket import websocket_connect
 
 from server import WebSocketServer, make_app
-from tests import support
+from tests.programs import URL, RecipeCase
 from tests.recipes import blocking_source, embedded, finite, growing_file, numbered_source
-from tests.support import Recorder, following, line_with, needs, own_port, serving, until, url_at
-
-URL = "ws://127.0.0.1:9/websocket"  # for clients that never start
-
-
-class RecipeCase(support.ServedCase):
-    """A test with a stream, and with copies of the scripts and recipes in a folder of its own."""
-
-    def setUp(self) -> None:
-        super().setUp()
-        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
-        self.path = self.folder / "a#b & c.csv"  # for a file that the recipe reads or writes
-        for file in *support.ROOT.glob("*.py"), *support.ROOT.glob("tests/recipes/*.*"):
-            shutil.copy(file, self.folder)
-
-    @contextlib.contextmanager
-    def recipe(self, name: str, *options: object) -> Iterator[Popen[str]]:
-        """Run the copy of a recipe until the block ends, which kills it."""
-        command = [str(self.folder / f"{name}.py"), *map(str, options)]
-        with support.running(*command, stderr=STDOUT) as process:
-            yield process
-
-    async def shows(self, process: Popen[str], text: str) -> str:
-        """Wait until a recipe writes a line with this text, and return the line."""
-        return await asyncio.to_thread(line_with, process, text)
-
-    async def url_of(self, process: Popen[str]) -> str:
-        """Wait until a recipe serves, and return its URL."""
-        return await asyncio.to_thread(support.url_of, process)
-
-    async def ends(self, process: Popen[str], status: int = 0) -> str:
-        """See that a recipe ends, and quietly; return what it has written since the last line."""
-        assert process.stdout
-        rest = await asyncio.to_thread(process.stdout.read)
-        self.assertNotRegex(rest, "Traceback|Exception ignored")
-        self.assertEqual(process.wait(), status, rest)
-        return rest
-
-    async def interrupt(self, process: Popen[str], status: int = 0) -> str:
-        """Press Ctrl-C, and do the same."""
-        process.send_signal(signal.SIGINT)
-        return await self.ends(process, status)
-
-    async def refuses(self, reason: str, name: str, *options: object) -> None:
-        """See that a recipe ends with its usage, one line with the reason, and status 2."""
-        with self.subTest(reason), self.recipe(name, *options) as process:
-            usage = rf"\Ausage: .*\n( .*\n)*\S+: error: {reason}\n\Z"
-            self.assertRegex(await self.ends(process, 2), usage)
+from tests.support import (
+    HANDSHAKE,
+    PATIENCE,
+    Recorder,
+    ServedCase,
+    following,
+    needs,
+    own_port,
+    serving,
+    until,
+    url_at,
+)
 
 
 class ServerTests(RecipeCase):
@@ -270,14 +229,14 @@ class FiniteTests(RecipeCase):
         task = asyncio.create_task(finite.serve_results(0, 3600, port))
         await until(lambda: compute.called and finite.Results.stream.end == 12_001)
         with socket.create_connection(("127.0.0.1", port)) as slow:
-            slow.send(support.HANDSHAKE)  # it does not read
+            slow.send(HANDSHAKE)  # it does not read
             await until(lambda: finite.Results.clients)
             client = finite.Collector(url_at(port))
-            await asyncio.wait_for(client.run(), support.PATIENCE)
+            await asyncio.wait_for(client.run(), PATIENCE)
             self.assertEqual((client.results, client.complete), (results, True))
             await asyncio.sleep(0.3)  # in which the server would end
             self.assertFalse(task.done())
-        await asyncio.wait_for(task, support.PATIENCE)
+        await asyncio.wait_for(task, PATIENCE)
 
     def test_restart(self) -> None:
         """A client begins anew with the server, and notices if it lacks something."""
@@ -300,7 +259,7 @@ class FiniteTests(RecipeCase):
             await self.ends(server)
 
 
-class EmbeddedTests(support.ServedCase):
+class EmbeddedTests(ServedCase):
     async def asyncSetUp(self) -> None:
         await super().asyncSetUp()
         self.statistics = embedded.Statistics(self.url, 0.01)

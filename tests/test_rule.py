@@ -10,7 +10,7 @@ import random
 import unittest
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 from tornado.httpclient import HTTPRequest
@@ -135,12 +135,21 @@ async def play(client: WebSocketClient, *connections: FakeConnection) -> None:
         await client.run()
 
 
-class Recording(WebSocketClient):
-    """A client that keeps each list, where it stood then, and the URLs that it has asked for."""
+class Call(NamedTuple):
+    """What `on_message` was called with, and where the stream goes on after that."""
+
+    samples: list[Any]
+    epoch: str | None
+    position: int
+    missed: int
+
+
+class Reacting(WebSocketClient):
+    """A client that keeps its calls and the URLs that it asks for, and reacts as a test says."""
 
     def __init__(self) -> None:
         super().__init__("ws://localhost/", retry_delay=1e-9)
-        self.calls: list[tuple[list[Any], str | None, int, int]] = []
+        self.calls: list[Call] = []
         self.urls: list[str] = []
         self.react: Callable[[list[Any]], Any] = lambda samples: None
 
@@ -149,7 +158,7 @@ class Recording(WebSocketClient):
         return self.epoch, self.position, self.missed
 
     def on_message(self, samples: list[Any]) -> Any:
-        self.calls.append(([*samples], *self.place))
+        self.calls.append(Call([*samples], *self.place))
         return self.react(samples)
 
     def request(self, url: str) -> HTTPRequest:
@@ -160,7 +169,7 @@ class Recording(WebSocketClient):
 class RuleCase(QuietCase):
     def setUp(self) -> None:
         super().setUp()
-        self.client = Recording()
+        self.client = Reacting()
 
     async def play(self, *connections: FakeConnection) -> None:
         """Do the same with the client of this test; a test that hangs fails."""
@@ -178,23 +187,23 @@ class RuleTests(RuleCase):
     async def test_first_message(self) -> None:
         """It says where the client begins, nothing is missed, and the next one goes on there."""
         self.assertEqual(await self.receive(message(7, [1, 0]), message(9, [2])), "")
-        self.assertEqual(self.client.calls, [([1, 0, 2], "a", 10, 0)])
+        self.assertEqual(self.client.calls, [Call([1, 0, 2], "a", 10, 0)])
 
     async def test_overlap_and_repeat(self) -> None:
         """What has come before is skipped, within a connection and after it."""
         first, again = message(3, [3, 4, 5]), message(4, [4, 5, 6])
         await self.play(FakeConnection(first, first, again), FakeConnection(message(6, [6, 7])))
-        self.assertEqual(self.client.calls, [([3, 4, 5, 6], "a", 7, 0), ([7], "a", 8, 0)])
+        self.assertEqual(self.client.calls, [Call([3, 4, 5, 6], "a", 7, 0), Call([7], "a", 8, 0)])
 
     async def test_offset_that_goes_back(self) -> None:
         """Nothing is taken twice, nor what was before the first message of all."""
         await self.receive(message(8, [8, 9]), message(2, [2, 3]), message(6, [6, 7, 8, 9, 10]))
-        self.assertEqual(self.client.calls, [([8, 9, 10], "a", 11, 0)])
+        self.assertEqual(self.client.calls, [Call([8, 9, 10], "a", 11, 0)])
 
     async def test_gap(self) -> None:
         """What a later offset leaves out is missed, and one line says so; no list has a gap."""
         log = await self.receive(message(0, [0]), message(9, [9]), message(10, [10]))
-        self.assertEqual(self.client.calls, [([0], "a", 1, 0), ([9, 10], "a", 11, 8)])
+        self.assertEqual(self.client.calls, [Call([0], "a", 1, 0), Call([9, 10], "a", 11, 8)])
         self.assertRegex(log, "^.*missed 8 .*$")
 
     async def test_empty_message(self) -> None:
@@ -205,13 +214,13 @@ class RuleTests(RuleCase):
     async def test_new_epoch(self) -> None:
         """It begins at 0, nothing more is missed, and one line says where the last run was left."""
         log = await self.receive(message(0, []), message(30, [1]), message(0, [2], "b"))
-        self.assertEqual(self.client.calls, [([1], "a", 31, 30), ([2], "b", 1, 30)])
+        self.assertEqual(self.client.calls, [Call([1], "a", 31, 30), Call([2], "b", 1, 30)])
         self.assertRegex(log, "^.*missed 30 .*\n.*began anew.* 31.*$")
 
     async def test_new_epoch_with_a_later_offset(self) -> None:
         """Of the new run, all before its first offset is missed; a line for each of the two."""
         log = await self.receive(message(30, [1]), message(4, [2], "b"))
-        self.assertEqual(self.client.calls, [([1], "a", 31, 0), ([2], "b", 5, 4)])
+        self.assertEqual(self.client.calls, [Call([1], "a", 31, 0), Call([2], "b", 5, 4)])
         self.assertRegex(log, "^.*began anew.* 31.*\n.*missed 4 .*$")
 
     async def test_state_that_was_set(self) -> None:
@@ -221,7 +230,7 @@ class RuleTests(RuleCase):
         self.client.react = partial(WebSocketClient.on_message, self.client)
         await self.receive(message(0, [1, 1, 0, 1]))
         self.assertEqual(self.client.urls[0], "ws://localhost/?epoch=a&offset=2")
-        self.assertEqual(self.client.calls, [([0, 1], "a", 4, 7)])
+        self.assertEqual(self.client.calls, [Call([0, 1], "a", 4, 7)])
         self.assertEqual(self.client.posterior, BetaBinomial(4, 2))
 
 
@@ -244,14 +253,14 @@ class OnMessageTests(RuleCase):
 
         self.client.react = react
         await self.play(connection)
-        self.assertEqual(self.client.calls, [([0], "a", 1, 0), ([1, 2, 3], "a", 4, 0)])
+        self.assertEqual(self.client.calls, [Call([0], "a", 1, 0), Call([1, 2, 3], "a", 4, 0)])
         self.assertEqual(kept, [[0], [1, 2, 3]])
 
     async def test_changes_its_list(self) -> None:
         """Whatever it does to its list, the position is that after all of the samples."""
         self.client.react = list.clear
         await self.receive(message(0, [0, 1]), message(5, [5]))
-        self.assertEqual(self.client.calls, [([0, 1], "a", 2, 0), ([5], "a", 6, 3)])
+        self.assertEqual(self.client.calls, [Call([0, 1], "a", 2, 0), Call([5], "a", 6, 3)])
 
     async def test_takes_a_part(self) -> None:
         """Who sets the position back and stops has the rest in the next run: it is not missed."""
@@ -268,7 +277,7 @@ class OnMessageTests(RuleCase):
         """No further call comes, though a gap, a new run or nothing more has come behind it."""
         rest = message(5, [5]), message(0, [0], "b"), message(9, [9], "b")
         for behind in (rest, rest[1:], ()):
-            self.client = Recording()
+            self.client = Reacting()
             self.client.react = lambda samples: self.client.stop()
             await self.play(FakeConnection(message(0, [0]), *behind))
             self.assertEqual((len(self.client.calls), self.client.place), (1, ("a", 1, 0)))
@@ -309,13 +318,13 @@ class FailureTests(RuleCase):
         followed = FakeConnection(news, message(9, [9]))
         for first in FakeConnection(news, stays_open=True), FakeConnection(news), followed:
             for react in self.fail_once, self.fail_later, self.be_cancelled:
-                self.client = Recording()
+                self.client = Reacting()
                 self.client.react = react
                 with self.assertLogs("client", "WARNING") as logs:
                     await self.play(first, FakeConnection(news))
                 self.assertRegex(logs.output[0], "(?s)Traceback .*(a full disk|CancelledError)$")
                 self.assertEqual(self.client.urls[1], "ws://localhost/?epoch=a&offset=3")
-                self.assertEqual(self.client.calls, [([3, 4], "a", 5, 0)] * 2)
+                self.assertEqual(self.client.calls, [Call([3, 4], "a", 5, 0)] * 2)
 
     async def test_generator(self) -> None:
         """An on_message with a `yield`, which would never run, is a TypeError in the log."""
@@ -327,7 +336,7 @@ class FailureTests(RuleCase):
             yield samples
 
         for react in generator, async_generator:
-            self.client = Recording()
+            self.client = Reacting()
             self.client.react = react
             with self.assertLogs("client", "WARNING") as logs:
                 await self.play(FakeConnection(message(3, [3])))
@@ -339,10 +348,10 @@ class ConnectionTests(RuleCase):
     async def test_message_that_cannot_be_understood(self) -> None:
         """One short line shows its beginning; it and what came after it are not taken."""
         for bad in "[" * 100_000, "two\nlines", b"\x00\xff", message(1, 1):
-            self.client = Recording()
+            self.client = Reacting()
             with self.assertLogs("client", "WARNING") as logs:
                 await self.play(FakeConnection(message(0, [0]), bad, message(1, [1])))
-            self.assertEqual(self.client.calls, [([0], "a", 1, 0)])
+            self.assertEqual(self.client.calls, [Call([0], "a", 1, 0)])
             self.assertIn(repr(bad[:20])[:-1], logs.output[0])
             self.assertNotIn("\n", logs.output[0])
             self.assertLess(len(logs.output[0]), 450)
@@ -448,10 +457,10 @@ class HistoryTests(RuleCase):
             if chance.random() < 0.1:
                 epoch, offset = str(len(ends) + 1), chance.choice((0, 0, 3, 40))
         cut = chance.randrange(len(messages) + 1)
-        self.client = Recording()
+        self.client = Reacting()
         await self.play(FakeConnection(*messages[:cut]), FakeConnection(*messages[cut:]))
         calls = self.client.calls
-        taken = [(epoch, sample) for samples, epoch, _, _ in calls for sample in samples]
+        taken = [(call.epoch, sample) for call in calls for sample in call.samples]
         self.assertEqual(taken, expected, seed)
         # All that there was, but for what was before the first message, and what was taken.
         missed = sum(ends.values()) - first - len(expected)

@@ -13,7 +13,8 @@ import unittest
 from subprocess import Popen
 
 from client import WebSocketClient
-from tests.support import LONG, PATIENCE, ROOT, SEED, line_with, own_port, running, url_at, url_of
+from tests.programs import line_with, running, url_of
+from tests.support import LONG, PATIENCE, ROOT, SEED, own_port, url_at
 
 SERVER = "server.py", "--address", "127.0.0.1", "--interval", "5", "--port"  # a port follows
 needs_signals = unittest.skipIf(os.name == "nt", "Windows has no such signals")

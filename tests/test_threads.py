@@ -13,7 +13,8 @@ from typing import Any
 from unittest import mock
 
 from client import WebSocketClient, watch
-from tests.support import Recorder, ServedCase, following, new_handler, running, until
+from tests.programs import running
+from tests.support import Recorder, ServedCase, following, new_handler, until
 
 
 def files() -> int:

@@ -32,7 +32,7 @@ from tests.measurements.measuring import (
 )
 from tests.measurements.report import Found, Rounds, Row, memory, processor_time
 from tests.measurements.transports import TRANSPORTS, bytes_moved, count_bytes
-from tests.support import line_with, running, url_of
+from tests.programs import line_with, running, url_of
 
 PRESENT = {name: who for name, who in CONTESTANTS.items() if all(map(find_spec, who.modules))}
 OURS = {"ours": CONTESTANTS["ours"]}

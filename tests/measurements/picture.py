@@ -1,4 +1,4 @@
-"""Make the picture of the page, tests/recipes/page.png: python -m tests.picture"""
+"""Make the picture of the page, tests/recipes/page.png: python -m tests.measurements.picture"""
 
 import asyncio
 import random
