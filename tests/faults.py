@@ -47,7 +47,7 @@ def reset(stream: IOStream) -> None:
 
 
 async def connect(url: str) -> IOStream:
-    """Connect with a small buffer and segments, or the kernel takes in MB for who never reads."""
+    """Connect with small buffers, or the kernel holds megabytes for a peer that never reads."""
     stream = IOStream(socket.socket())
     stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     if sys.platform != "win32":
@@ -68,10 +68,11 @@ async def raw_client(url: str, data: bytes) -> AsyncIterator[IOStream]:
 
 async def read_frame(peer: IOStream) -> tuple[int, bytes]:
     """Read one frame that the server has sent, and return its opcode and its payload."""
-    head, size = await peer.read_bytes(2)
-    if size > 125:
-        size = int.from_bytes(await peer.read_bytes(2 if size == 126 else 8))
-    return head & 15, await peer.read_bytes(size)
+    async with asyncio.timeout(PATIENCE):
+        head, size = await peer.read_bytes(2)
+        if size > 125:
+            size = int.from_bytes(await peer.read_bytes(2 if size == 126 else 8))
+        return head & 15, await peer.read_bytes(size)
 
 
 async def answer(url: str, data: bytes, *, then_end: bool = False) -> str:

@@ -17,19 +17,10 @@ from typing import Any, NamedTuple
 from tornado.ioloop import PeriodicCallback
 
 from server import WebSocketServer, make_app
+from tests import support
 from tests.faults import Proxy
 from tests.programs import running
-from tests.support import (
-    SEED,
-    QuietCase,
-    Recorder,
-    following,
-    new_handler,
-    own_port,
-    serving,
-    until,
-    url_at,
-)
+from tests.support import SEED, Recorder, following, own_port, until, url_at
 
 
 class Pair(NamedTuple):
@@ -120,9 +111,9 @@ class Scene:
 @contextlib.asynccontextmanager
 async def scene(pair: Pair = OURS) -> AsyncIterator[Scene]:
     """Serve a new stream of numbers in this event loop, to a healthy client."""
-    handler = new_handler(pair.handler)
+    handler = support.new_handler(pair.handler)
     app = make_app(handler)
-    async with serving(app) as url, following(control := pair.client(url)):
+    async with support.serving(app) as url, following(control := pair.client(url)):
         await until(lambda: control.epoch)
         yield Scene(handler, url, control)
 
@@ -187,7 +178,7 @@ async def restarts(pair: Pair, *signals: signal.Signals, clients: int = 5) -> Co
     return count
 
 
-class FaultCase(QuietCase):
+class FaultCase(support.QuietCase):
     """A test whose random faults can be repeated, but for their timing: `SEED=123 python ...`."""
 
     def setUp(self) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import importlib.util
+import json
 import logging
 import os
 import secrets
@@ -80,6 +81,11 @@ def needs(*names: str) -> Callable[[Any], Any]:
     """Skip tests where one of these is neither a module nor a program."""
     missing = [name for name in names if not (importlib.util.find_spec(name) or which(name))]
     return unittest.skipIf(missing, f"needs {', '.join(missing)}: see tests/requirements.txt")
+
+
+def message(offset: object, samples: object, epoch: object = "a") -> str:
+    """Return a message of the protocol, or what only looks like one."""
+    return json.dumps({"epoch": epoch, "offset": offset, "samples": samples})
 
 
 def new_handler(
@@ -182,20 +188,23 @@ class QuietCase(unittest.IsolatedAsyncioTestCase):
 class ServedCase(QuietCase):
     """A test with a stream of its own, which is served at `self.url`."""
 
+    make_app = staticmethod(make_app)  # a recipe may have another
+
     async def asyncSetUp(self) -> None:
         self.handler = new_handler()
         await self.begin()
 
     async def begin(self, port: int = 0) -> None:
         """Serve a new run of the stream."""
-        app = make_app(self.handler)
+        app = self.make_app(self.handler)
         self.stream = self.handler.stream
         self.served = contextlib.AsyncExitStack()
         self.addAsyncCleanup(self.served.aclose)
         self.url = await self.served.enter_async_context(serving(app, port))
         self.port = urlsplit(self.url).port or 0
 
-    async def restart(self) -> None:
-        """End this run of the stream, and begin a new one at the same port."""
+    async def restart(self, handler: type[WebSocketServer] | None = None) -> None:
+        """End this run of the stream, and begin a new one at the same port, perhaps of a subclass."""
         await self.served.aclose()
+        self.handler = handler or self.handler
         await self.begin(self.port)

@@ -8,8 +8,6 @@ import contextlib
 import random
 import socket
 from collections.abc import Awaitable, Callable
-from typing import Any
-from unittest import mock
 
 from tornado.httpserver import HTTPServer
 from tornado.testing import bind_unused_port
@@ -78,18 +76,6 @@ class LinkTests(FaultCase):
             await until(lambda: self.proxy.passed > 10_000, lambda: self.proxy.passed)
             self.assertGreater(self.client.position, before)
         await self.survives()
-
-    async def test_localhost(self) -> None:
-        """A client finds a server that listens on only the second address of localhost."""
-        real = socket.getaddrinfo
-
-        def both(host: str, *arguments: Any, **options: Any) -> list[Any]:
-            return [*real("::1", *arguments, **options), *real("127.0.0.1", *arguments, **options)]
-
-        client = Recorder(self.scene.url.replace("127.0.0.1", "localhost"))
-        with mock.patch("socket.getaddrinfo", both):
-            async with following(client):
-                self.assert_each_once(await self.scene.count(client))
 
 
 class LateJoinerTests(FaultCase):

@@ -10,8 +10,7 @@ from client import BetaBinomial
 from tests.programs import URL, RecipeCase
 from tests.recipes import changing_coin
 from tests.recipes.other_libraries import Position
-from tests.support import PATIENCE, ROOT, needs
-from tests.test_rule import message
+from tests.support import PATIENCE, ROOT, message, needs
 
 
 @needs("river")

@@ -13,20 +13,10 @@ from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest, HT
 from tornado.websocket import websocket_connect
 
 from server import WebSocketServer, make_app
+from tests import support
 from tests.programs import URL, RecipeCase
 from tests.recipes import blocking_source, embedded, finite, growing_file, numbered_source
-from tests.support import (
-    HANDSHAKE,
-    PATIENCE,
-    Recorder,
-    ServedCase,
-    following,
-    needs,
-    own_port,
-    serving,
-    until,
-    url_at,
-)
+from tests.support import Recorder, following, needs, own_port, serving, until, url_at
 
 
 class ServerTests(RecipeCase):
@@ -229,14 +219,14 @@ class FiniteTests(RecipeCase):
         task = asyncio.create_task(finite.serve_results(0, 3600, port))
         await until(lambda: compute.called and finite.Results.stream.end == 12_001)
         with socket.create_connection(("127.0.0.1", port)) as slow:
-            slow.send(HANDSHAKE)  # it does not read
+            slow.send(support.HANDSHAKE)  # it does not read
             await until(lambda: finite.Results.clients)
             client = finite.Collector(url_at(port))
-            await asyncio.wait_for(client.run(), PATIENCE)
+            await asyncio.wait_for(client.run(), support.PATIENCE)
             self.assertEqual((client.results, client.complete), (results, True))
             await asyncio.sleep(0.3)  # in which the server would end
             self.assertFalse(task.done())
-        await asyncio.wait_for(task, PATIENCE)
+        await asyncio.wait_for(task, support.PATIENCE)
 
     def test_restart(self) -> None:
         """A client begins anew with the server, and notices if it lacks something."""
@@ -259,7 +249,7 @@ class FiniteTests(RecipeCase):
             await self.ends(server)
 
 
-class EmbeddedTests(ServedCase):
+class EmbeddedTests(support.ServedCase):
     async def asyncSetUp(self) -> None:
         await super().asyncSetUp()
         self.statistics = embedded.Statistics(self.url, 0.01)

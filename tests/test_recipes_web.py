@@ -14,27 +14,18 @@ from tornado.iostream import IOStream
 from tornado.web import Application
 
 from server import WebSocketServer
+from tests import support
 from tests.faults import Proxy, raw_client
 from tests.programs import RecipeCase, line_with, running
 from tests.recipes import events, page
-from tests.support import (
-    PATIENCE,
-    Recorder,
-    following,
-    needs,
-    own_port,
-    serving,
-    until,
-    url_at,
-    which,
-)
+from tests.support import Recorder, following, needs, own_port, until, which
 
 
 class WebCase(RecipeCase):
     make: Callable[[], Application] = staticmethod(page.make_page_app)
 
     async def asyncSetUp(self) -> None:
-        self.url = await self.enterAsyncContext(serving(self.make()))
+        self.url = await self.enterAsyncContext(support.serving(self.make()))
         self.stream = WebSocketServer.stream
 
 
@@ -48,7 +39,7 @@ class BrowserCase(WebCase):
         chromium = (await self.enterAsyncContext(playwright)).chromium
         browser = await chromium.launch(executable_path=which("chromium"), args=["--no-sandbox"])
         self.page: Any = await browser.new_page()
-        self.page.set_default_timeout(PATIENCE * 1000)
+        self.page.set_default_timeout(support.PATIENCE * 1000)
         self.value = self.page.evaluate
         self.wait_for = self.page.wait_for_function
 
@@ -156,7 +147,7 @@ class PageTests(BrowserCase):
         options = ["-p", str(self.folder), "-c", "nginx.conf", "-e", "errors"]
         with running(str(which("nginx")), *options, python=False), socket.socket() as probe:
             await until(lambda: probe.connect_ex(("127.0.0.1", port)) == 0)
-            await self.browse(url_at(port), self.path_behind_nginx)
+            await self.browse(support.url_at(port), self.path_behind_nginx)
             self.stream.append([1, 0, 1])
             await self.counted(3, 2, 0)
 
@@ -173,7 +164,7 @@ class EventsTests(WebCase):
     async def client(self, header: str = "") -> AsyncIterator[IOStream]:
         """Ask for events, perhaps with one more header line."""
         data = f"GET /events HTTP/1.1\r\nHost: localhost\r\n{header}\r\n".encode()
-        async with asyncio.timeout(PATIENCE), raw_client(self.url, data) as peer:
+        async with asyncio.timeout(support.PATIENCE), raw_client(self.url, data) as peer:
             yield peer
 
     async def test_id(self) -> None:

@@ -37,7 +37,7 @@ def end(process: Popen[str], number: signal.Signals = signal.SIGINT) -> tuple[in
 
 
 def freeze(process: Popen[str]) -> None:
-    """Stop a process as Ctrl-Z does, and wait until its last thread stands still."""
+    """Stop a process with SIGSTOP, and wait until the last of its threads has stopped."""
     process.send_signal(signal.SIGSTOP)
     os.waitpid(process.pid, os.WUNTRACED)
 
@@ -103,7 +103,7 @@ class PairTests(unittest.TestCase):
         for client, pause in zip(clients, pauses, strict=True):
             client.send_signal(signal.SIGINT)
             time.sleep(pause)  # the fault itself
-            # What the second one interrupts may be Python's own end.
+            # It may interrupt the end of Python itself, whose traceback is not ours.
             self.assertNotRegex(end(client)[2], "client.py|tornado")
 
     def test_second_signal_ends_a_server(self) -> None:
@@ -125,7 +125,7 @@ class PairTests(unittest.TestCase):
         self.assertRegex(log, rf"\A[^\n]*127\.0\.0\.1:{self.port}: [^\n]+\n\Z")
 
     def test_blocked_output(self) -> None:
-        """A client whose output nobody reads goes on listening; SIGTERM ends it."""
+        """A client whose output nobody reads goes on listening in its thread; SIGTERM ends it."""
         code = """if True:
             import client
             client.WebSocketClient.__str__ = lambda self: 1_000_000 * "x"  # more than a pipe takes
@@ -155,7 +155,7 @@ class ProgramTests(unittest.TestCase):
         self.assertNotIn("Traceback", log)
 
     def test_two_signals_in_quick_succession_end_a_server(self) -> None:
-        """The second may come when Python has put the handlers away: then the status is its own."""
+        """The second may come when Python has put the handlers away: then it kills the server."""
         random.seed(SEED)
         for _ in range(100 if LONG else 8):
             first, second = random.choices((signal.SIGTERM, signal.SIGINT), k=2)
@@ -187,7 +187,7 @@ class ProgramTests(unittest.TestCase):
             self.assertRaises(OSError, socket.create_connection, ("127.0.0.2", self.port))
 
     def test_eager_tasks(self) -> None:
-        """What `run` runs creates tasks that begin at once, where Python has such: from 3.12 on."""
+        """Under `run`, a task begins at once, where Python can do that: from 3.12 on."""
         code = """if True:
             import asyncio, server
             async def nothing(): pass

@@ -9,7 +9,7 @@ from typing import Any
 from unittest import mock
 
 from server import RandomBernoulli, Stream
-from tests.support import QuietCase
+from tests.support import PATIENCE, QuietCase
 
 
 class RandomBernoulliTests(unittest.TestCase):
@@ -67,6 +67,7 @@ class StreamCase(QuietCase):
 class NewStreamTests(StreamCase):
     async def test_has_an_epoch_of_its_own(self) -> None:
         """It has 8 hex digits, which differ even where the random numbers are the same."""
+        self.addCleanup(random.seed)
         random.seed(1)
         epoch = Stream().epoch
         random.seed(1)
@@ -77,7 +78,7 @@ class NewStreamTests(StreamCase):
         """It keeps 10,000 samples, and puts at most 1,000 into a message."""
         self.assertEqual((self.stream.history_size, self.stream.message_size), (10_000, 1_000))
 
-    def test_needs_an_event_loop(self) -> None:
+    def test_needs_an_event_loop(self) -> None:  # which does not run in a plain `def`
         """Where no event loop runs, to make a stream is a RuntimeError."""
         self.assertRaises(RuntimeError, Stream)
 
@@ -107,9 +108,8 @@ class AppendTests(StreamCase):
         commas = ["a, b", ", ", "], [", [1, 2], {"a": [None, {}], "b": 2}]
         for samples in (plain, commas, plain):
             await self.append(samples)
-        self.assertEqual(self.stream.end, 21)
         self.assertEqual(self.read(0), (0, plain + commas + plain))
-        self.assertEqual(self.read(9), (9, commas[1:] + plain))
+        self.assertEqual(self.read(len(plain) + 1)[1], commas[1:] + plain)
 
     async def refuses(self, error: type[Exception], *bad: Any) -> None:
         """Append each, which must be refused; nothing of it may be in the log afterwards."""
@@ -130,11 +130,11 @@ class AppendTests(StreamCase):
 
     async def test_refuses_a_sample_that_is_too_long(self) -> None:
         """One that a client cannot take is a ValueError, alone and among others."""
-        long = "x" * 10_500_000
+        long = "x" * 9_999_999  # 10,000,001 bytes with its quotes
         await self.refuses(ValueError, [long], [1, [2, long], 3])
 
     async def test_in_another_thread(self) -> None:
-        """All of it is in the log, in order, and wakes who waits; errors are raised in the thread."""
+        """What it appends is in the log, in order, and wakes who waits; it gets the errors itself."""
 
         async def source() -> None:  # the thread may have an event loop of its own
             for number in range(100):
@@ -143,18 +143,18 @@ class AppendTests(StreamCase):
 
         waiting = asyncio.create_task(self.stream.grown.wait())
         await asyncio.to_thread(asyncio.run, source())
-        await waiting
+        await asyncio.wait_for(waiting, PATIENCE)
         self.assertEqual(self.read(0), (0, [*range(100)]))
 
     async def test_wakes_every_task_that_waits(self) -> None:
         """Who waits for more goes on with the next samples, and not before."""
         for number in range(3):
             waiting = [asyncio.create_task(self.stream.grown.wait()) for _ in range(5)]
-            for _ in range(3):
+            for _ in range(3):  # turns of the event loop, in which a wrong wake-up would show
                 await asyncio.sleep(0)
             self.assertFalse(any(task.done() for task in waiting))
             await self.append([number])
-            await asyncio.gather(*waiting)
+            await asyncio.wait_for(asyncio.gather(*waiting), PATIENCE)
 
     def test_after_its_event_loop(self) -> None:
         """Once the loop of the stream is closed, to append is a RuntimeError, not silence."""
@@ -171,16 +171,17 @@ class ReadTests(StreamCase):
         self.stream.history_size = 10
         await self.append([*range(15)])
         for position in range(16):
-            oldest = max(5, position)
-            self.assertEqual(self.read(position), (oldest, [*range(oldest, 15)]))
+            first = max(5, position)
+            self.assertEqual(self.read(position), (first, [*range(first, 15)]))
 
     async def test_history_size(self) -> None:
         """The newest samples are kept, whether they came one by one or all at once."""
         self.stream.history_size = 5
         for samples in ([0], [1], [2, 3, 4, 5, 6], [7], [*range(8, 20)]):
             await self.append(samples)
-        self.assertEqual((self.stream.end, len(self.stream.history)), (20, 5))
-        self.assertEqual(self.read(0), (15, [15, 16, 17, 18, 19]))
+            end = samples[-1] + 1
+            self.assertEqual(self.read(0)[1], [*range(max(0, end - 5), end)])
+        self.assertEqual(len(self.stream.history), 5)
 
     async def test_history_size_of_0(self) -> None:
         """A message has no samples then, and its offset tells how many are gone."""
@@ -198,22 +199,13 @@ class ReadTests(StreamCase):
         self.assertEqual(self.messages(), [[number] for number in range(11)])
 
     async def test_long_samples_come_fewer_at_a_time(self) -> None:
-        """A message has about 64 kB at most, and is not cut more often than that needs."""
-        for length, least, most in ((58, 1, 1), (1_500, 24, 36)):
-            self.stream = Stream()
-            await self.append(["x" * length] * 1_000)
-            messages = self.messages()
-            self.assertTrue(least <= len(messages) <= most, len(messages))
-            self.assertLess(max(len(json.dumps(message)) for message in messages), 66_000)
+        """A message has about 64 kB at most, and all but the last have about half of that or more."""
+        await self.append(["x" * 1_500] * 1_000)
+        sizes = [len(json.dumps(samples)) for samples in self.messages()]
+        self.assertLess(max(sizes), 66_000)
+        self.assertGreater(min(sizes[:-1]), 31_000)
 
     async def test_longer_samples_come_alone(self) -> None:
         """Each of more than 64 kB is a message, also when there are short ones around it."""
         await self.append([0, "x" * 100_000, "y" * 100_000, 2])
-        self.assertIn(["x" * 100_000], self.messages())
-
-    async def test_never_gives_an_old_message(self) -> None:
-        """What it keeps for other clients fits the position and the end, or is made anew."""
-        for number in range(5):
-            await self.append([number])
-            for position in (0, number, 0, number + 1):
-                self.assertEqual(self.read(position)[1], [*range(position, number + 1)])
+        self.assertEqual([len(samples) for samples in self.messages()], [1, 1, 1, 1])

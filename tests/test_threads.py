@@ -1,10 +1,14 @@
-"""A client in a program: `run`, `start`, `stop` and `watch` at any moment, from any thread."""
+"""A client in a program: `run`, `start`, `stop` and `watch` at any moment, from any thread.
+
+What a client does with what it receives is left to test_rule.py.
+"""
 
 import asyncio
 import contextlib
 import gc
 import logging.config
 import os
+import random
 import signal
 import sys
 import threading
@@ -24,7 +28,7 @@ def files() -> int:
 
 
 def threads() -> set[threading.Thread]:
-    """Return all threads but those of asyncio, which look up names of hosts."""
+    """Return all threads but those that asyncio keeps for `to_thread` and for names of hosts."""
     return {thread for thread in threading.enumerate() if not thread.name.startswith("asyncio")}
 
 
@@ -59,7 +63,6 @@ class RunTests(ServedCase):
     async def test_ends_at_stop(self) -> None:
         """`run` ends normally, also where tasks begin eagerly; a stop too many does nothing."""
         loop = asyncio.get_running_loop()
-        self.addCleanup(loop.set_task_factory, None)
         self.handler.send_message([1])
         for factory in None, getattr(asyncio, "eager_task_factory", None):  # from Python 3.12 on
             loop.set_task_factory(factory)
@@ -72,15 +75,14 @@ class RunTests(ServedCase):
     async def test_second_run(self) -> None:
         """A failure at its start is logged and tried again, also where tasks begin eagerly."""
         loop = asyncio.get_running_loop()
-        self.addCleanup(loop.set_task_factory, None)
         loop.set_task_factory(getattr(asyncio, "eager_task_factory", None))
         self.handler.send_message([1])
         client = Once(self.url, retry_delay=1e-9)
-        await client.run()
+        await client.run()  # whose task is cancelled, but is not that of the second run
         broken = mock.patch.object(client, "request", side_effect=KeyError("token"))
         with broken, self.assertLogs("client", "WARNING") as logs:
             async with following(client):
-                await until(lambda: len(logs.output) > 2)
+                await until(lambda: len(logs.output) > 2)  # two for each failure
 
     async def test_caller_is_not_cancelled(self) -> None:
         """After a time limit has ended run, stop does nothing, and the client can go on."""
@@ -94,11 +96,11 @@ class RunTests(ServedCase):
             pass
 
     async def test_time_limit_waits_for_on_message(self) -> None:
-        """What an async on_message does when it is cancelled is done when run has ended."""
+        """`run` ends only when an async on_message that it has cancelled has cleaned up."""
 
         class Saving(Recorder):
             async def on_message(self, samples: list[Any]) -> None:
-                limit.reschedule(0)
+                limit.reschedule(0)  # a moment that is past: the limit is over now
                 try:
                     await asyncio.Event().wait()
                 finally:
@@ -126,7 +128,7 @@ class RunTests(ServedCase):
         """A subclass of either class may use everyday names for attributes and methods of its own."""
         names = {"limit", "task", "queue", "connect", "take", "loop", "message", "wait"}
         names |= {f"_{name}" for name in names} | {"_samples"}
-        names |= {"listen", "follow", "move", "send", "reconnect"}
+        names |= {"listen", "follow", "move", "send", "reconnect"}  # ours begin with a _
         theirs = mock.Mock()
         self.handler = new_handler(**dict.fromkeys(names, theirs))
         await self.restart()
@@ -147,9 +149,8 @@ class ThreadTests(ServedCase):
         client.stop()
         for count in 1, 2, 3:
             async with started(client):
-                self.assertTrue(
-                    client.thread and client.thread.daemon
-                )  # or a program would not end
+                # Otherwise, a program could not end before its client.
+                self.assertTrue(client.thread and client.thread.daemon)
                 self.handler.send_message([count])
                 await until(lambda: len(client.samples) == count)  # noqa: B023
             client.stop()
@@ -160,19 +161,17 @@ class ThreadTests(ServedCase):
         """There, or in a thread that on_message awaits, stop does not wait for the client's end."""
         before = threads()
         self.handler.send_message([1])
-        once, delegating = Once(self.url), Delegating(self.url)
-        for client in once, delegating:
+        for client in Once(self.url), Delegating(self.url):
             client.start()
             await until(lambda: threads() == before)
             self.assertEqual(client.samples, [1])
-        self.assertEqual((once.position, delegating.position), (1, 0))  # the latter was cancelled
 
     async def test_stop_at_any_moment(self) -> None:
         """After 200 starts, each with a stop in another thread, nothing is left, and all works."""
         client, before, opened = Recorder(self.url), threads(), files()
 
         def start_and_stop() -> None:
-            stopping = threading.Thread(target=client.stop)
+            stopping = threading.Timer(random.uniform(0, 0.003), client.stop)
             stopping.start()
             client.start()
             stopping.join()
@@ -198,9 +197,7 @@ class ThreadTests(ServedCase):
 
     def test_event_loop_of_the_caller(self) -> None:
         """start and stop leave the event loop of the thread that calls them as it is."""
-        loop = asyncio.new_event_loop()
-        self.addCleanup(loop.close)
-        asyncio.set_event_loop(loop)
+        loop = asyncio.get_event_loop()
         client = WebSocketClient(self.url)
         client.start()
         client.stop()
@@ -223,7 +220,10 @@ def settings() -> list[Any]:
 
 class WatchTests(ServedCase):
     async def test_leaves_the_process_as_it_was(self) -> None:
-        """Log and signals are as the program sets them, whether it does so before watch or after it."""
+        """Log and signals are as the program sets them, whether it does so before watch or after it.
+
+        `watch` adds a handler to a log that has none, and must do no more than that.
+        """
         self.handler.send_message([1])
         watching = f"watch(Once({self.url!r}))"
         found = set()
