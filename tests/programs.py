@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from subprocess import PIPE, STDOUT, Popen
 from typing import Any
@@ -27,7 +28,7 @@ def running(
     It is killed at the end, and before if it takes too long: a read of its output ends then.
     """
     outputs = {"stdout": PIPE, "stderr": PIPE} | outputs
-    usual = os.environ | {"PYTHONUNBUFFERED": ""}  # or a flush that is missing would not show
+    usual = os.environ | {"PYTHONUNBUFFERED": ""}  # if it were set, a missing flush would not show
     program = [*((sys.executable, "-W", "error") if python else ()), *command]
     with Popen(program, text=True, cwd=ROOT, env=usual, **outputs) as process:
         watch = threading.Timer(patience, process.kill)
@@ -66,12 +67,9 @@ class RecipeCase(ServedCase):
         for file in *ROOT.glob("*.py"), *ROOT.glob("tests/recipes/*.*"):
             shutil.copy(file, self.folder)
 
-    @contextlib.contextmanager
-    def recipe(self, name: str, *options: object) -> Iterator[Popen[str]]:
+    def recipe(self, name: str, *options: object) -> AbstractContextManager[Popen[str]]:
         """Run the copy of a recipe until the block ends, which kills it."""
-        command = [str(self.folder / f"{name}.py"), *map(str, options)]
-        with running(*command, stderr=STDOUT) as process:
-            yield process
+        return running(str(self.folder / f"{name}.py"), *map(str, options), stderr=STDOUT)
 
     async def shows(self, process: Popen[str], text: str) -> str:
         """Wait until a recipe writes a line with this text, and return the line."""
@@ -90,7 +88,7 @@ class RecipeCase(ServedCase):
         return rest
 
     async def interrupt(self, process: Popen[str], status: int = 0) -> str:
-        """Press Ctrl-C, and do the same."""
+        """Press Ctrl-C, and then see what `ends` sees."""
         process.send_signal(signal.SIGINT)
         return await self.ends(process, status)
 
