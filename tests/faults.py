@@ -100,7 +100,7 @@ class Pace(NamedTuple):
 
 
 WHOLE, BYTEWISE, LATE = Pace(), Pace(piece=1), Pace(pause=0.05)
-TRICKLE, SLOW = Pace(512, 0.02), Pace(1_280, 0.02)  # about 25 and 50 kB/s
+TRICKLE, SLOW = Pace(512, 0.02), Pace(1_280, 0.02)  # 25 and 64 kB/s, less what a pause is late
 
 
 class Proxy(TCPServer):
@@ -116,15 +116,17 @@ class Proxy(TCPServer):
         self.busy = 0  # connections that are still open
         self.passed = 0  # bytes that have passed to the client
         self.cutting = False  # whether the next piece is the last one, and not complete
-        self.passing = asyncio.Lock()
+        self.passing = asyncio.Lock()  # held while nothing may pass
 
     async def aclose(self) -> None:
         """Stop listening, and close the connections."""
         self.stop()
-        await self.close()
+        await self.drop()
         await until(lambda: self.busy == 0, lambda: self.busy)
 
-    async def close(self) -> None:
+    # The faults. They are coroutines, so that a test can await any of them.
+
+    async def drop(self) -> None:
         """Close the connection without a Close frame."""
         for stream in self.streams:
             stream.close()
@@ -150,10 +152,10 @@ class Proxy(TCPServer):
         while True:
             self.pace = random.choice((WHOLE, WHOLE, WHOLE, TRICKLE, LATE))
             await asyncio.sleep(random.uniform(0, 0.6))  # the life of this connection
-            await random.choice((self.close, self.reset, self.cut, self.stall))()
+            await random.choice((self.drop, self.reset, self.cut, self.stall))()
 
     async def forge(self, data: bytes) -> None:
-        """Say something to the client that the server has not said, and wait until it is gone."""
+        """Send the client what the server has not sent, and wait until it has hung up."""
         stream = self.streams[-1]
         await stream.write(data)
         await until(stream.closed)

@@ -8,9 +8,11 @@ import asyncio
 import contextlib
 import dataclasses
 import itertools
+import os
 import random
 import signal
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from subprocess import DEVNULL, Popen
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ from tornado.ioloop import PeriodicCallback
 
 from server import WebSocketServer, make_app
 from tests import support
-from tests.faults import Proxy
+from tests.faults import Proxy, raw_client, request
 from tests.programs import running
 from tests.support import SEED, Recorder, following, own_port, until, url_at
 
@@ -84,7 +86,7 @@ class Scene:
     sent: int = 0
 
     def send(self, count: int) -> None:
-        """Send the next numbers, so many."""
+        """Send the next `count` numbers."""
         self.handler.send_message([*range(self.sent, self.sent + count)])
         self.sent += count
 
@@ -99,10 +101,10 @@ class Scene:
             flow.stop()
 
     async def count(self, *clients: Recorder) -> Count:
-        """Send until each client has what is sent only now, and count what it has got up to then."""
+        """Send until each client has a number that was sent after this call, and count then."""
         count, everyone = Count(), (self.control, *clients)
         with self.flowing():
-            await have(self.sent, *everyone)
+            await have(self.sent, *everyone)  # which is the next one
         for client in everyone:
             count.add(client)
         return count
@@ -164,11 +166,11 @@ async def restarts(pair: Pair, *signals: signal.Signals, clients: int = 5) -> Co
     with own_port() as port:
         followers = [pair.client(url_at(port)) for _ in range(clients)]
         async with following(*followers):
-            for run, number in enumerate(signals):
-                first = 1_000_000 * run
+            for run, end in enumerate(signals):
+                first = 1_000_000 * run  # so that no number of an earlier run counts
                 with number_server(pair.handler, port, first=first) as process:
                     await have(first + 100, *followers)
-                    process.send_signal(number)
+                    process.send_signal(end)
                     await asyncio.to_thread(process.wait)
                 await until(lambda: not any(client.connected for client in followers))
                 for client in followers:  # nobody can know what it has not got of this run
@@ -176,6 +178,33 @@ async def restarts(pair: Pair, *signals: signal.Signals, clients: int = 5) -> Co
                     client.samples.clear()
                     client.missed = 0
     return count
+
+
+async def never_reading(
+    pair: Pair = OURS, *, seconds: float = 30, batch: int = 100
+) -> tuple[Count, float]:
+    """Let ten peers never read 200 batches/s; return also by how many MB the server has grown."""
+    sizes, count = [], Count()
+    async with contextlib.AsyncExitStack() as stack:
+        port = stack.enter_context(own_port())
+        process = stack.enter_context(number_server(pair.handler, port, batch=batch))
+        await stack.enter_async_context(following(control := pair.client(url_at(port))))
+        await have(0, control)
+        for _ in range(10):
+            await stack.enter_async_context(raw_client(control.url, request()))
+        await have(25_000, control)  # from now on the history is full
+        for _ in range(int(10 * seconds)):
+            sizes.append(memory(process))
+            await asyncio.sleep(0.1)
+        await have(newest(control) + 1, control)  # it still streams
+    count.add(control, control.samples[0])
+    return count, max(sizes) - sizes[0]
+
+
+def memory(process: Popen[str]) -> float:
+    """Return the resident memory of a process on Linux, in MB."""
+    pages = Path(f"/proc/{process.pid}/statm").read_text(encoding="ascii").split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 class FaultCase(support.QuietCase):
@@ -194,3 +223,8 @@ class FaultCase(support.QuietCase):
     def assert_each_once(self, count: Count) -> None:
         """Check that every client has got every number once, and in order."""
         self.assertEqual((count.lost, count.doubled, count.unsaid), (0, 0, 0), count)
+
+    def assert_found(self, count: Count) -> None:
+        """Check that a server that loses numbers was found out; its clients cannot know."""
+        self.assertGreater(count.lost, 0)
+        self.assertEqual((count.doubled, count.unsaid), (0, count.lost), count)

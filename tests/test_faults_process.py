@@ -18,7 +18,6 @@ from typing import Any
 from tornado.iostream import StreamClosedError
 
 from tests.faults import answer, raw_client, request
-from tests.measurements.faults import memory, never_reading
 from tests.programs import running, url_of
 from tests.scenarios import (
     OURS,
@@ -26,6 +25,8 @@ from tests.scenarios import (
     LosingServer,
     Pair,
     have,
+    memory,
+    never_reading,
     number_server,
     restarts,
     scene,
@@ -36,18 +37,16 @@ needs_proc = unittest.skipUnless(sys.platform == "linux", "reads /proc, which on
 needs_posix = unittest.skipIf(os.name == "nt", "Windows has no such signals and limits")
 
 
+@needs_posix
 class RestartTests(FaultCase):
-    @needs_posix
     async def test_restarts(self) -> None:
         """Of each run of a server, a client has every number up to the last that it has got."""
         signals = (signal.SIGKILL, signal.SIGTERM) * (5 if LONG else 1)
         self.assert_each_once(await restarts(OURS, *signals, clients=20))
 
-    @needs_posix
     async def test_positive_control(self) -> None:
-        """With a server that loses numbers on purpose, it shows."""
-        count = await restarts(Pair(LosingServer), signal.SIGKILL)
-        self.assertRaises(AssertionError, self.assert_each_once, count)
+        """With a server that loses numbers on purpose, the count finds them."""
+        self.assert_found(await restarts(Pair(LosingServer), signal.SIGKILL))
 
 
 class SilenceTests(FaultCase):
@@ -57,8 +56,8 @@ class SilenceTests(FaultCase):
         with fast_runner(20) as runner:
             runner.run(asyncio.wait_for(program, 20 * PATIENCE))
 
-    def test_client(self) -> None:
-        """A server drops who sends no request, half a head, half a body, or answers no ping."""
+    def test_silent_client(self) -> None:
+        """A server drops a peer that sends no request, half of one, or no answer to a ping."""
         for silent in (b"", request()):
             self.run_faster(self.dropped(silent))
         for slow in (request()[:-2], request("Content-Length: 9999", method="POST")):
@@ -66,6 +65,8 @@ class SilenceTests(FaultCase):
 
     async def dropped(self, data: bytes, one_a_second: bytes = b"") -> None:
         """Send this, then perhaps a byte a second, until the server closes the connection."""
+        loop = asyncio.get_running_loop()
+        begin = loop.time()
         async with scene() as here, raw_client(here.url, data) as peer:
             end = asyncio.ensure_future(peer.read_until_close())
             while not end.done():
@@ -73,9 +74,10 @@ class SilenceTests(FaultCase):
                 with contextlib.suppress(StreamClosedError):
                     await peer.write(one_a_second)
                 await asyncio.sleep(1)
+            self.assertGreater(loop.time() - begin, 9)  # and not at once
             self.assert_each_once(await here.count())
 
-    def test_server(self) -> None:
+    def test_silent_server(self) -> None:
         """A server that answers nothing, or half, is given up, and tried again."""
         for half in (b"", b"HTTP/1.1 101 Switching Prot"):
             self.run_faster(self.tried_again(half))
@@ -87,7 +89,8 @@ class SilenceTests(FaultCase):
             listener.setblocking(False)
             async with following(Recorder(url_at(listener.getsockname()[1]))):
                 for _ in range(2):
-                    peer = self.enterContext((await loop.sock_accept(listener))[0])
+                    peer, _ = await loop.sock_accept(listener)
+                    self.enterContext(peer)  # which stays open
                     await loop.sock_sendall(peer, half)
 
 
@@ -102,12 +105,15 @@ class ResourceTests(FaultCase):
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # of this process, the clients'
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
         self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
-        limited = "/bin/sh", "-c", 'ulimit -n 1024; exec "$@"', "sh", sys.executable
+        code = """if True:
+            import resource, server
+            resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
+            server.run(server.main())"""
         url = url_at(port := self.enterContext(own_port()))
-        server = "server.py", "--address", "127.0.0.1", "--port", str(port)
+        options = "--address", "127.0.0.1", "--port", str(port)
         clients = [Recorder(url) for _ in range(900)]
         log = self.enterContext(tempfile.TemporaryFile("w+"))
-        with running(*limited, *server, python=False, stderr=log):
+        with running("-c", code, *options, stderr=log):
             async with following(*clients), contextlib.AsyncExitStack() as silent:
                 await until(lambda: all(client.position for client in clients))
                 for _ in range(110):
@@ -116,7 +122,7 @@ class ResourceTests(FaultCase):
                 goal = clients[0].position + 10
                 await until(lambda: all(client.position >= goal for client in clients))
         log.seek(0)
-        self.assertNotIn("Traceback", log.read())  # a server without free files spins with it
+        self.assertNotIn("Traceback", log.read())  # without a free file, each accept has one
         for client in clients:
             self.assertEqual((len(client.samples), client.missed), (client.position, 0))
             self.assertEqual(client.samples[:goal], clients[0].samples[:goal])
@@ -131,9 +137,9 @@ class ResourceTests(FaultCase):
 
     @needs_proc
     async def test_connections_made_and_dropped(self) -> None:
-        """They leave no descriptor open, and 26,000 of them at most 4 MB of memory."""
-        port, sizes = self.enterContext(own_port()), []
-        url = url_at(port)
+        """They leave no descriptor open, and 26,000 of them (or 300) at most 4 MB of memory."""
+        sizes: list[float] = []
+        url = url_at(port := self.enterContext(own_port()))
         with number_server(OURS.handler, port) as process:
             files = Path(f"/proc/{process.pid}/fd")
             async with following(control := Recorder(url)):
@@ -147,14 +153,14 @@ class ResourceTests(FaultCase):
                     sizes.append(memory(process))
         self.assertLess(sizes[1], sizes[0] + 4)  # the first are what the heap needs
 
-    async def toss(self, fault: str) -> None:
-        """Follow server.py while its source, which counts, does this at each number n."""
+    async def follow_numbers(self, statement: str) -> None:
+        """Follow server.py while its source runs this statement before it returns a number n."""
         code = f"""if True:
             import itertools, time, server
             numbers, now = itertools.count(), time.time
             def sample(self):
                 n = next(numbers)
-                {fault}
+                {statement}
                 return n
             server.RandomBernoulli.sample = sample
             server.run(server.main())"""
@@ -166,16 +172,18 @@ class ResourceTests(FaultCase):
 
     async def test_slow_source(self) -> None:
         """A source that is slower than its interval skips turns, and no number."""
-        await self.toss("time.sleep(0.03)")
+        await self.follow_numbers("time.sleep(0.03)")
 
     async def test_clock_that_steps(self) -> None:
         """A clock that is set back, and then an hour forward, costs no number."""
-        back = 5 if LONG else 0.5  # for as long, nothing may come
-        await self.toss(f"time.time = lambda: now() - {back} * (n > 30) + 3600 * (n > 60)")
+        back = 5 if LONG else 0.5  # so much later comes the next toss: Tornado reads this clock
+        await self.follow_numbers(
+            f"time.time = lambda: now() - {back} * (n > 30) + 3600 * (n > 60)"
+        )
 
     async def test_busy_processor(self) -> None:
         """A server that gets little of the processor skips turns, and no number."""
         with contextlib.ExitStack() as others:
             for _ in range(1 + (os.cpu_count() or 1)):
                 others.enter_context(running("-c", "while True: pass"))
-            await self.toss("pass")
+            await self.follow_numbers("pass")

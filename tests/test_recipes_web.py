@@ -104,10 +104,10 @@ class PageTests(BrowserCase):
             await self.browse(proxy.url)
             self.stream.append([1, 0, 1, 1])
             await self.counted(4, 3, 0)
-            await proxy.close()
+            await proxy.drop()
             self.stream.append([0, 0, 1])
             await self.counted(7, 4, 0)
-            await proxy.close()
+            await proxy.drop()
             self.stream.append([1] * 25)
             await self.counted(17, 14, 15)
 

@@ -7,21 +7,18 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
 import random
 import signal
 import sys
 from collections.abc import Awaitable
-from pathlib import Path
-from subprocess import Popen
 from typing import Any
 
 from tornado.websocket import WebSocketClosedError, websocket_connect
 
 from server import WebSocketServer
 from tests.faults import raw_client, request
-from tests.scenarios import OURS, Count, Pair, have, newest, number_server, restarts, scene, storm
-from tests.support import SEED, Recorder, following, own_port, until, url_at
+from tests.scenarios import OURS, Count, Pair, never_reading, restarts, scene, storm
+from tests.support import SEED, Recorder, following, until
 
 
 class PlainServer(WebSocketServer):
@@ -82,33 +79,6 @@ async def crowd(pair: Pair) -> Count:
         async with following(*followers):
             await until(lambda: len(here.handler.clients) == 501)
             return await here.count(*followers)
-
-
-async def never_reading(
-    pair: Pair = OURS, *, seconds: float = 30, batch: int = 100
-) -> tuple[Count, float]:
-    """Let ten peers never read 200 batches/s; return also by how many MB the server has grown."""
-    sizes, count = [], Count()
-    async with contextlib.AsyncExitStack() as stack:
-        port = stack.enter_context(own_port())
-        process = stack.enter_context(number_server(pair.handler, port, batch=batch))
-        await stack.enter_async_context(following(control := pair.client(url_at(port))))
-        await have(0, control)
-        for _ in range(10):
-            await stack.enter_async_context(raw_client(control.url, request()))
-        await have(25_000, control)  # from now on the history is full
-        for _ in range(int(10 * seconds)):
-            sizes.append(memory(process))
-            await asyncio.sleep(0.1)
-        await have(newest(control) + 1, control)  # it still streams
-    count.add(control, control.samples[0])
-    return count, max(sizes) - sizes[0]
-
-
-def memory(process: Popen[str]) -> float:
-    """Return the resident memory of a process on Linux, in MB."""
-    pages = Path(f"/proc/{process.pid}/statm").read_text(encoding="ascii").split()[1]
-    return int(pages) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 async def row(name: str, ours: Awaitable[Count], plain: Awaitable[Count]) -> None:
