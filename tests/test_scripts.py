@@ -60,7 +60,8 @@ class PairTests(unittest.TestCase):
     def setUp(self) -> None:
         self.port = self.enterContext(own_port())
         self.server = self.enterContext(running(*SERVER, str(self.port)))
-        self.assertEqual(url_of(self.server), url_at(self.port))
+        first_line = line_with(self.server, "")
+        self.assertRegex(first_line, rf"\A\d\d:\d\d:\d\d serving {url_at(self.port)}\Z")
         self.client = self.start_client()
 
     def start_client(self) -> Popen[str]:
@@ -230,11 +231,11 @@ class OptionTests(unittest.TestCase):
     def test_help(self) -> None:
         """Alone in a folder, each script answers --help with its options and their defaults."""
         for script, texts in (
-            ("server.py", ("--address", "localhost", "8765", "--p ", "0.72", "--interval", "100")),
+            ("server.py", ("--address", "localhost", "8765", "--p", "0.72", "--interval", "100")),
             ("client.py", ("--url", "ws://localhost:8765/websocket")),
         ):
             folder = self.enterContext(tempfile.TemporaryDirectory())
             status, out, log = finished(shutil.copy(ROOT / script, folder), "--help")
             self.assertEqual((status, log), (0, ""))
             for text in texts:
-                self.assertIn(text, out)
+                self.assertRegex(out, rf"(?<!\w){re.escape(text)}(?!\w)")
