@@ -47,7 +47,10 @@ def reset(stream: IOStream) -> None:
 
 
 async def connect(url: str) -> IOStream:
-    """Connect with small buffers, or the kernel holds megabytes for a peer that never reads."""
+    """Connect with a small buffer and tiny segments, which keep the server's buffer small, too.
+
+    Otherwise, the kernel holds megabytes for a peer that never reads.
+    """
     stream = IOStream(socket.socket())
     stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     if sys.platform != "win32":
@@ -67,12 +70,15 @@ async def raw_client(url: str, data: bytes) -> AsyncIterator[IOStream]:
 
 
 async def read_frame(peer: IOStream) -> tuple[int, bytes]:
-    """Read one frame that the server has sent, and return its opcode and its payload."""
+    """Read the next frame of the server that is not a ping; return its opcode and its payload."""
+    opcode, payload = PING, b""
     async with asyncio.timeout(PATIENCE):
-        head, size = await peer.read_bytes(2)
-        if size > 125:
-            size = int.from_bytes(await peer.read_bytes(2 if size == 126 else 8))
-        return head & 15, await peer.read_bytes(size)
+        while opcode == PING:
+            head, size = await peer.read_bytes(2)
+            if size > 125:
+                size = int.from_bytes(await peer.read_bytes(2 if size == 126 else 8))
+            opcode, payload = head & 15, await peer.read_bytes(size)
+    return opcode, payload
 
 
 async def answer(url: str, data: bytes, *, then_end: bool = False) -> str:
@@ -116,7 +122,7 @@ class Proxy(TCPServer):
         self.busy = 0  # connections that are still open
         self.passed = 0  # bytes that have passed to the client
         self.cutting = False  # whether the next piece is the last one, and not complete
-        self.passing = asyncio.Lock()  # held while nothing may pass
+        self.passing = asyncio.Lock()  # held by a stall, and while a piece goes to the client
 
     async def aclose(self) -> None:
         """Stop listening, and close the connections."""

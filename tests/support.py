@@ -154,14 +154,15 @@ class LeftBehind(logging.Handler):
         if record.exc_info or (record.name == "asyncio" and record.levelno >= logging.ERROR):
             self.found.append(self.format(record))
 
-    def unraisable(self, problem: "sys.UnraisableHookArgs") -> None:
-        """Take a warning that has become an error where nobody can catch it, as in __del__."""
-        # The socket of a handshake that was broken off is the garbage collector's.
+    def unraisable(self, problem: Any) -> None:
+        """Take what is raised where nobody can catch it: in __del__, or at the end of a thread."""
+        # Tornado leaves the socket of a handshake that was broken off to the garbage collector.
         left = ("<socket", "Unclosed WebSocketClientConnection")
         text = str(problem.exc_value)
         if isinstance(problem.exc_value, ResourceWarning) and any(name in text for name in left):
             return
-        self.found.append(repr(problem.exc_value))
+        if problem.exc_type is not SystemExit:  # which just ends a thread
+            self.found.append(repr(problem.exc_value))
 
 
 class QuietCase(unittest.IsolatedAsyncioTestCase):
@@ -170,7 +171,8 @@ class QuietCase(unittest.IsolatedAsyncioTestCase):
     def setUp(self) -> None:
         self.left_behind = LeftBehind()
         logging.getLogger().addHandler(self.left_behind)
-        self.enterContext(mock.patch("sys.unraisablehook", self.left_behind.unraisable))
+        for hook in "sys.unraisablehook", "threading.excepthook":
+            self.enterContext(mock.patch(hook, self.left_behind.unraisable))
         self.addCleanup(self.check)  # while the hook is there, and after the cleanups of the test
         for name, level in (("server", logging.INFO), ("tornado.access", logging.CRITICAL)):
             logger = logging.getLogger(name)

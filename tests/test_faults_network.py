@@ -1,4 +1,4 @@
-"""Links that break, dribble and lag, beside a healthy client that must notice nothing.
+"""Links that break, dribble and lag, mostly beside a healthy client that must notice nothing.
 
 SEED repeats a failure; LONG_TESTS=1 takes the full time.
 """
@@ -90,7 +90,7 @@ class LinkTests(FaultCase):
 
 
 class LateJoinerTests(FaultCase):
-    """A client that comes late, over a link of 50 kB/s, on a clock that runs faster."""
+    """A client that comes late, over a slow link, on a clock that runs faster."""
 
     def test_long_samples(self) -> None:
         """Samples of 20 kB come on one connection: no ping waits too long behind a message."""
@@ -98,7 +98,7 @@ class LateJoinerTests(FaultCase):
             runner.run(self.join())
 
     async def join(self) -> None:
-        """Get samples for more than 20 s: by then, a ping without an answer ends a connection."""
+        """Get samples for about 30 s: after 20 s, a ping without an answer ends a connection."""
         app = make_app(handler := new_handler())
         handler.send_message(["x" * 20_000] * 80)
         listener, port = bind_unused_port()

@@ -66,8 +66,8 @@ class SilenceTests(FaultCase):
     async def dropped(self, data: bytes, one_a_second: bytes = b"") -> None:
         """Send this, then perhaps a byte a second, until the server closes the connection."""
         loop = asyncio.get_running_loop()
-        begin = loop.time()
         async with scene() as here, raw_client(here.url, data) as peer:
+            begin = loop.time()
             end = asyncio.ensure_future(peer.read_until_close())
             while not end.done():
                 here.send(1)
@@ -122,7 +122,9 @@ class ResourceTests(FaultCase):
                 goal = clients[0].position + 10
                 await until(lambda: all(client.position >= goal for client in clients))
         log.seek(0)
-        self.assertNotIn("Traceback", log.read())  # without a free file, each accept has one
+        self.assertNotIn(
+            "Traceback", log.read()
+        )  # without a free file, each accept that fails logs one
         for client in clients:
             self.assertEqual((len(client.samples), client.missed), (client.position, 0))
             self.assertEqual(client.samples[:goal], clients[0].samples[:goal])
@@ -171,7 +173,7 @@ class ResourceTests(FaultCase):
         self.assertEqual((client.samples, client.missed), ([*range(client.position)], 0))
 
     async def test_slow_source(self) -> None:
-        """A source that is slower than its interval skips turns, and no number."""
+        """A source that is slower than its interval skips turns, but loses no number."""
         await self.follow_numbers("time.sleep(0.03)")
 
     async def test_clock_that_steps(self) -> None:
@@ -182,7 +184,7 @@ class ResourceTests(FaultCase):
         )
 
     async def test_busy_processor(self) -> None:
-        """A server that gets little of the processor skips turns, and no number."""
+        """A server that gets little of the processor skips turns, but loses no number."""
         with contextlib.ExitStack() as others:
             for _ in range(1 + (os.cpu_count() or 1)):
                 others.enter_context(running("-c", "while True: pass"))

@@ -79,7 +79,7 @@ class GrowingFileTests(RecipeCase):
             self.path.touch()  # the writer has not opened it yet
             self.assertEqual(next(lines), [])
             self.append(b"last\nhalf a li", renamed)  # its half a line is never completed
-            self.append(b"the first line of the new file\n")  # so the new one is not shorter
+            self.append(b"the first line of the new file\n")  # longer than all of the old one
             texts = [*next(lines), *next(lines)]
             self.assertEqual(texts, ["last", "the first line of the new file"])
 
@@ -111,7 +111,7 @@ class NumberedSourceTests(RecipeCase):
                 self.assertEqual(len(logged.output), 1)
 
     def test_several_columns(self) -> None:
-        """Another `read_row` makes a sample of several columns, and the same rows are bad."""
+        """Another `read_row` makes a sample of several columns; a row without one is still None."""
         quote = lambda row, column: [row["symbol"], float(row[column])]
         lines = ["symbol,price", "ACME,10", "ACME,"]
         with mock.patch.object(numbered_source, "read_row", quote), self.assertLogs("source"):
@@ -142,11 +142,12 @@ class NumberedSourceTests(RecipeCase):
 
 class BlockingSourceTests(RecipeCase):
     def test_pace(self) -> None:
-        """Each begins on a full second; a failed one is followed by a pause; all end with the server."""
+        """A reading begins on a full second, after a failed one there is a pause, and so to the end."""
         clock = mock.Mock(now=0.25)
         clock.perf_counter = lambda: clock.now
         clock.sleep = lambda seconds: setattr(clock, "now", clock.now + seconds)
-        readings = mock.Mock(side_effect=[1, 2, TimeoutError("silent"), 3, 4, SystemExit])
+        # A SystemExit is no failed reading: if the loop goes on too long, it ends the test.
+        readings = mock.Mock(side_effect=["a", "b", TimeoutError("silent"), "c", "d", SystemExit])
         begun: list[float] = []
 
         def read() -> Any:
@@ -160,7 +161,7 @@ class BlockingSourceTests(RecipeCase):
         with self.assertLogs("source") as logged:
             blocking_source.follow(read, interval=1, pause=60)
         self.assertEqual(begun, [1, 2, 3, 64, 65])  # the third fails at 3.25, pauses until 63.25
-        self.assertEqual(send.mock_calls, [mock.call([number]) for number in (1, 2, 3, 4)])
+        self.assertEqual(send.mock_calls, [mock.call([reading]) for reading in "abcd"])
         no_json, silent = logged.output
         self.assertIn("no JSON", no_json)
         self.assertIn("TimeoutError('silent')", silent)
@@ -197,7 +198,7 @@ class ListeningTests(RecipeCase):
 @needs("trustme")
 class PrivateTests(RecipeCase):
     async def test_both_programs(self) -> None:
-        """Only a client with the token gets the stream, and neither side logs it."""
+        """Only a client with the token gets the stream, and neither side logs the token."""
         self.enterContext(mock.patch.dict(os.environ, TOKEN="t0ken"))
         authority = importlib.import_module("trustme").CA()
         authority.cert_pem.write_to_path(ca := str(self.folder / "ca"))
@@ -218,9 +219,9 @@ class PrivateTests(RecipeCase):
 
 class FiniteTests(RecipeCase):
     async def test_slow_client(self) -> None:
-        """One who comes late gets all, and the server waits for one who is slow, too."""
+        """A client that comes late gets all, and the server also waits for a slow one."""
         # More than a history usually keeps, and than the network holds.
-        results = [f"{number:01000}" for number in range(12_000)]
+        results = [str(number).zfill(1_000) for number in range(12_000)]
 
         async def compute(below: int) -> AsyncIterator[str]:
             for result in results:
@@ -230,7 +231,7 @@ class FiniteTests(RecipeCase):
         port = self.enterContext(own_port())
         task = asyncio.create_task(finite.serve_results(below=0, wait=3600, port=port))
         await asyncio.sleep(0)  # now it has made the stream
-        await until(lambda: finite.Results.stream.end == 12_001)  # with their count
+        await until(lambda: finite.Results.stream.end == 12_001)  # with their count; now it listens
         with socket.create_connection(("127.0.0.1", port)) as slow:
             slow.send(support.HANDSHAKE)  # it does not read
             await until(lambda: finite.Results.clients)
@@ -238,11 +239,12 @@ class FiniteTests(RecipeCase):
             await asyncio.wait_for(client.run(), support.PATIENCE)
             self.assertEqual((client.results, client.complete), (results, True))
             await asyncio.sleep(0.3)  # in which the server would end
-            socket.create_connection(("127.0.0.1", port)).close()  # but it still listens
+            # It still listens. (The task says little: a server that ends waits for the slow one.)
+            socket.create_connection(("127.0.0.1", port)).close()
         await asyncio.wait_for(task, support.PATIENCE)
 
     def test_restart(self) -> None:
-        """A client begins anew with the server, and notices if it lacks something."""
+        """When the server begins anew, so does a client, which notices if it lacks something."""
         client = finite.Collector(URL)
         for epoch, samples in ("first", [2, 3]), ("second", [5, {"results": 2}]):
             client.epoch = epoch
@@ -276,7 +278,7 @@ class EmbeddedTests(support.ServedCase):
         return await AsyncHTTPClient().fetch(url, raise_error=False, **options)
 
     async def test_strangers(self) -> None:
-        """Without a login there are no pages and no stream, but a health check."""
+        """A stranger, even with a forged cookie, gets no page and no stream, but the health check."""
         for path, status in ("/", 302), ("/statistics", 302), ("/health", 200), ("/websocket", 403):
             with self.subTest(path):
                 self.assertEqual((await self.fetch(path, "user=me")).code, status)
@@ -299,4 +301,5 @@ class EmbeddedTests(support.ServedCase):
 
     async def test_settings(self) -> None:
         """The application has all settings that make_app makes."""
-        self.assertLessEqual(make_app(self.handler).settings.items(), self.app.settings.items())
+        settings = self.app.settings
+        self.assertEqual(settings | make_app(self.handler).settings, settings)

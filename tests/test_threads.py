@@ -61,7 +61,7 @@ class Delegating(Recorder):
 
 class RunTests(ServedCase):
     async def test_ends_at_stop(self) -> None:
-        """`run` ends normally, also where tasks begin eagerly; a stop too many does nothing."""
+        """`run` ends normally, also where tasks begin eagerly; an extra stop does nothing."""
         loop = asyncio.get_running_loop()
         self.handler.send_message([1])
         for factory in None, getattr(asyncio, "eager_task_factory", None):  # from Python 3.12 on
@@ -73,12 +73,12 @@ class RunTests(ServedCase):
                 self.assertEqual(client.samples, [1])
 
     async def test_second_run(self) -> None:
-        """A failure at its start is logged and tried again, also where tasks begin eagerly."""
+        """A failure at its start, also of a task that begins eagerly, is logged and tried again."""
         loop = asyncio.get_running_loop()
         loop.set_task_factory(getattr(asyncio, "eager_task_factory", None))
         self.handler.send_message([1])
         client = Once(self.url, retry_delay=1e-9)
-        await client.run()  # whose task is cancelled, but is not that of the second run
+        await client.run()  # it leaves a cancelled task, which is not that of the second run
         broken = mock.patch.object(client, "request", side_effect=KeyError("token"))
         with broken, self.assertLogs("client", "WARNING") as logs:
             async with following(client):
@@ -126,9 +126,10 @@ class RunTests(ServedCase):
 
     async def test_everyday_names(self) -> None:
         """A subclass of either class may use everyday names for attributes and methods of its own."""
-        names = {"limit", "task", "queue", "connect", "take", "loop", "message", "wait"}
-        names |= {f"_{name}" for name in names} | {"_samples"}
-        names |= {"listen", "follow", "move", "send", "reconnect"}  # ours begin with a _
+        everyday = {"limit", "task", "queue", "connect", "take", "loop", "message", "wait"}
+        private = {f"_{name}" for name in everyday} | {"_samples"}
+        nearly_ours = {"listen", "follow", "move"}  # the client has _listen, _follow and _move
+        names = everyday | private | nearly_ours
         theirs = mock.Mock()
         self.handler = new_handler(**dict.fromkeys(names, theirs))
         await self.restart()
@@ -144,7 +145,7 @@ class RunTests(ServedCase):
 
 class ThreadTests(ServedCase):
     async def test_start_and_stop(self) -> None:
-        """Each start goes on where stop has ended the last; a stop too many does nothing."""
+        """Each start goes on where stop has ended the last; an extra stop does nothing."""
         client, before = Recorder(self.url), threads()
         client.stop()
         for count in 1, 2, 3:
@@ -158,7 +159,7 @@ class ThreadTests(ServedCase):
         self.assertEqual((client.samples, client.position), ([1, 2, 3], 3))
 
     async def test_stop_in_on_message(self) -> None:
-        """There, or in a thread that on_message awaits, stop does not wait for the client's end."""
+        """There, or in a thread that on_message awaits, stop does not wait for the thread's end."""
         before = threads()
         self.handler.send_message([1])
         for client in Once(self.url), Delegating(self.url):
