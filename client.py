@@ -279,8 +279,8 @@ def watch(client: WebSocketClient) -> None:
     """Start a client, and print it once a second until it ends, or until Ctrl-C."""
     logging.basicConfig(level="INFO", format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     with contextlib.suppress(KeyboardInterrupt):
-        client.start()
         try:
+            client.start()
             while client.thread and client.thread.is_alive():
                 show(client)
                 time.sleep(1)
