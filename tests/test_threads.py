@@ -119,7 +119,6 @@ class RunTests(ServedCase):
         client = Recorder(self.url)
         for first in following(client), started(client):
             async with first:
-                await until(lambda: client.connected)
                 self.assertRaises(RuntimeError, client.start)
                 with self.assertRaises(RuntimeError):
                     await client.run()
