@@ -5,6 +5,7 @@ many clients, slow links and restarts to the other tests of faults.
 """
 
 import asyncio
+import inspect
 import socket
 import ssl
 import time
@@ -362,6 +363,11 @@ class GoodbyeTests(ServerCase):
 
 
 class ServeTests(ServerCase):
+    def test_default(self) -> None:
+        """It listens on localhost only, at the port where client.py looks."""
+        defaults = [one.default for one in inspect.signature(serve).parameters.values()]
+        self.assertEqual(defaults[1:], [8765, "localhost", None])
+
     async def test_on_a_port_that_is_taken(self) -> None:
         """Or an address that cannot be used: an OSError names host and port; the first one goes on."""
         app = make_app(new_handler())
