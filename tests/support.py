@@ -26,7 +26,7 @@ from client import WebSocketClient
 from server import WebSocketServer, make_app, serve
 
 ROOT = Path(__file__).resolve().parent.parent
-PATIENCE = 90  # seconds until a condition that does not come true fails a test; no measurement
+PATIENCE = 90  # seconds until a condition that does not come true fails a test; no speed limit
 SEED = int(os.environ.get("SEED") or secrets.randbelow(1_000_000))  # of random numbers
 LONG = os.environ.get("LONG_TESTS") == "1"
 HANDSHAKE = (
@@ -47,8 +47,8 @@ async def until(condition: Callable[[], object], *values: Callable[[], object]) 
 
 @contextlib.contextmanager
 def own_port() -> Iterator[int]:
-    """Yield a port that no other program can take meanwhile, but a server of the test can."""
-    with socket.socket() as holder:  # on Linux, others may bind it, too, until somebody listens
+    """Yield a port that no other program is given meanwhile, but a server of the test can take."""
+    with socket.socket() as holder:  # on Linux, who asks for it may bind it, too
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.bind(("127.0.0.1", 0))
         port = int(holder.getsockname()[1])
@@ -67,6 +67,7 @@ def fast_runner(factor: int) -> asyncio.Runner:
     selector = selectors.SelectSelector()
     loop = asyncio.SelectorEventLoop(selector)
     select, now = selector.select, loop.time
+    # None means to wait for ever, and 0 not at all.
     selector.select = lambda timeout=None: select(timeout and timeout / factor)  # type: ignore
     loop.time = lambda: factor * now()  # type: ignore[method-assign]
     return asyncio.Runner(loop_factory=lambda: loop)

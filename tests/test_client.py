@@ -73,7 +73,7 @@ class HandshakeTests(ClientCase):
 
     async def test_malformed_answer(self) -> None:
         """Whatever is no answer to a handshake is one line a try, too."""
-        # Tornado has a traceback for some of them, which `main` mutes, too.
+        # Tornado has a traceback for some of them, which `client.main` mutes.
         tornado = logging.getLogger("tornado.application")
         self.enterContext(mock.patch.object(tornado, "disabled", True))
         no_key = b"HTTP/1.1 101 Go on\r\nUpgrade: websocket\r\nConnection: Upgrade"
@@ -191,8 +191,9 @@ class SilentServerTests(ClientCase):
 
         async def check() -> None:
             async with foreign_server(Silent) as url:
-                (line,) = await self.lines(client := Recorder(url), 1)
-                self.assertIn("connection lost", line)
+                with self.assertLogs("client", "WARNING") as logs:
+                    async with following(client := Recorder(url)):
+                        await until(lambda: "connection lost" in "".join(logs.output))
                 async with following(client):
                     await until(lambda: client.connected)
 

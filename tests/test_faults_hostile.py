@@ -15,6 +15,7 @@ class HostileCase(FaultCase):
     async def asyncSetUp(self) -> None:
         await super().asyncSetUp()
         self.scene = await self.enterAsyncContext(scene())
+        self.enterContext(self.assertNoLogs("client", "WARNING"))  # of the healthy one
 
     async def asyncTearDown(self) -> None:
         self.assert_each_once(await self.scene.count())
@@ -88,7 +89,7 @@ class RequestTests(HostileCase):
     """What comes in place of a good handshake."""
 
     async def test_not_a_websocket_request(self) -> None:
-        """A request without what makes it a WebSocket's, or of another version, is refused."""
+        """A request that lacks the upgrade or the key, or has another version, is refused."""
         for name in (b"Upgrade", b"Sec-WebSocket-Key"):
             await self.attack({"400"}, request().replace(name, b"X"))
         for method in ("POST", "WATCH"):

@@ -1,6 +1,6 @@
 """What README.md and the READMEs below it state: code, names, numbers, transcripts, links.
 
-What the recipes do is tested beside them; what the tables of measurements say is not tested.
+What the recipes do is tested in test_recipes_*.py; what the tables of measurements say is not tested.
 """
 
 import ast
@@ -72,7 +72,8 @@ class MakeItYoursTests(QuietCase):
             block = block.replace("...", "await until(lambda: client.connected and client.price)")
             script = await run_block(block, Highest=model.Highest, until=until)
             self.assertFalse(script.client.connected)
-            block = ASYNCIO.replace("asyncio.sleep(60)", "until(lambda: client.position == 3)")
+            condition = "client.connected and client.position == 3"
+            block = ASYNCIO.replace("asyncio.sleep(60)", f"until(lambda: {condition})")
             await run_block(block, client=script.client, until=until)
 
 

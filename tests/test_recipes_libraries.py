@@ -52,7 +52,7 @@ class ChangeClientTests(RecipeCase):
 
     async def test_both_programs(self) -> None:
         """The client says where it noticed that the coin of the server has changed."""
-        coin = "--p=0", "--then=1", "--after=200", "--interval=1", "--port=0"
+        coin = "--p=0", "--then=1", "--after=200", "--interval=5", "--port=0"
         with self.recipe("changing_coin", "server", *coin) as server:
             url = await self.url_of(server)
             with self.recipe("changing_coin", "client", "--url", url) as client:
@@ -79,11 +79,11 @@ class NotebookTests(RecipeCase):
         """Run a cell, which must succeed; return the pictures that came, and where they belong."""
         request, seen, state = self.kernel.execute(cell), [], ("", "")
         while state != (request, "idle"):
-            message = await self.kernel.get_iopub_msg(timeout=PATIENCE)
-            content = message["content"]
-            self.assertNotEqual(message["msg_type"], "error", content)
-            state = message["parent_header"].get("msg_id"), content.get("execution_state")
-            if "transient" in content:
+            reply = await self.kernel.get_iopub_msg(timeout=PATIENCE)
+            content = reply["content"]
+            self.assertNotEqual(reply["msg_type"], "error", content)
+            state = reply["parent_header"].get("msg_id"), content.get("execution_state")
+            if "transient" in content:  # only a picture has that
                 seen.append((content["data"]["image/png"], content["transient"]["display_id"]))
         return seen
 

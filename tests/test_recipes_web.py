@@ -78,7 +78,7 @@ class StreamScriptTests(BrowserCase):
             self.assertEqual(await self.value("taken"), taken)
 
     async def test_names(self) -> None:
-        """A page may have all names but one for itself."""
+        """A page may have names of its own that the script uses inside."""
         await self.page.add_script_tag(content="const limit = 300, take = 1, epoch = 2, missed = 3")
         await self.page.add_script_tag(path=page.HERE / "stream.js")
         self.assertEqual(await self.value("typeof StreamClient"), "function")
@@ -154,7 +154,7 @@ class PageTests(BrowserCase):
 
 class EventsPageTests(PageTests):  # which promises the same when it follows events
     make = staticmethod(events.make_events_app)
-    path_behind_nginx = "/"  # which has no lines for it
+    path_behind_nginx = "/"  # the lines of page.py are for its path
 
 
 class EventsTests(WebCase):
@@ -254,7 +254,7 @@ class BrokerTests(RecipeCase):
         self.assertEqual((client.epoch, client.missed), (other.epoch, 0))
 
     async def test_log_with_holes(self) -> None:
-        """What the broker has dropped is missed, what is no JSON is null; a new stream is the end."""
+        """What the broker has dropped is missed, what is not JSON is null; a new stream is the end."""
         with self.recipe(*self.broker, "serve", "--port=0") as server:
             client = Recorder(await self.url_of(server))
             async with following(client):

@@ -166,7 +166,7 @@ class ProgramTests(unittest.TestCase):
                 process.send_signal(first)
                 time.sleep(random.uniform(0, 0.003))  # the fault itself
                 status, _, log = end(process, second)
-                if status != -second:  # which Python itself says, perhaps with a traceback
+                if status != -second:  # if it was killed, Python may print a traceback of its own
                     self.assertEqual(status, 0)
                     self.assertNotRegex(log, "server.py|tornado")
 
