@@ -36,12 +36,18 @@ SOURCE, MODEL, SCRIPT, ASYNCIO = code_of(README)
 TWO, OWN, LAST, SLOW, THOUSAND, NEW = code_of(INDEX)
 
 
+def replace(block: str, part: str, by: str) -> str:
+    """Replace a part of a block, which must be there."""
+    assert part in block, block
+    return block.replace(part, by)
+
+
 async def run_block(block: str, **given: Any) -> SimpleNamespace:
     """Run a block as a notebook does, where `await` may stand anywhere, and return its names.
 
-    The block can use what is given, and every name of the two scripts.
+    The block can use what is given, and every name of the two scripts; it is not the main program.
     """
-    names = vars(server) | vars(client) | given
+    names = vars(server) | vars(client) | {"__name__": "block"} | given
     code = compile(block, "README.md", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
     if coroutine := eval(code, names):  # None, if there is no `await` in the block
         await coroutine
@@ -60,21 +66,27 @@ class MakeItYoursTests(QuietCase):
 
     def test_source_that_fails(self) -> None:
         """An exception in play ends the program with its traceback and status 1."""
-        with running("-c", SOURCE.replace("101.4", "1 / 0")) as source:
+        with running("-c", replace(SOURCE, "101.4", "1 / 0")) as source:
             self.assertIn("ZeroDivisionError", source.communicate()[1])
         self.assertEqual(source.returncode, 1)
 
-    async def test_client_in_a_program_of_ones_own(self) -> None:
-        """It follows the source in a thread, and then in an event loop, until it is stopped."""
+    async def test_client_in_a_script(self) -> None:
+        """It follows the source in a thread, until it is stopped."""
         model = await run_block(MODEL)
         with running("-c", SOURCE) as source:
-            block = SCRIPT.replace("ws://localhost:8765/websocket", url_of(source))
-            block = block.replace("...", "await until(lambda: client.connected and client.price)")
+            block = replace(SCRIPT, "ws://localhost:8765/websocket", url_of(source))
+            block = replace(block, "...", "await until(lambda: client.price)")
             script = await run_block(block, Highest=model.Highest, until=until)
-            self.assertFalse(script.client.connected)
-            condition = "client.connected and client.position == 3"
-            block = ASYNCIO.replace("asyncio.sleep(60)", f"until(lambda: {condition})")
-            await run_block(block, client=script.client, until=until)
+        self.assertFalse(script.client.thread.is_alive())
+
+    async def test_client_in_a_coroutine(self) -> None:
+        """It follows the source until it is stopped, and the program goes on."""
+        model = await run_block(MODEL)
+        with running("-c", SOURCE) as source:
+            follower = model.Highest(url_of(source))
+            block = replace(ASYNCIO, "asyncio.sleep(60)", "until(lambda: client.price)")
+            await run_block(block, client=follower, until=until)
+        self.assertFalse(follower.connected)
 
 
 class ShortAnswerTests(QuietCase):
