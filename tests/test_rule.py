@@ -362,6 +362,22 @@ class ConnectionTests(RuleCase):
         self.assertEqual(seen, [False, True, False, True, False])
         self.assertEqual((first.closed_with, second.closed_with), (1000, 1000))
 
+    async def test_end(self) -> None:
+        """The client waits until a connection that it closes has ended, and then tries again."""
+        ended = []
+
+        class Lingering(FakeConnection):
+            def close(self, code: int) -> None:
+                asyncio.get_running_loop().call_later(0.01, self.end)
+
+            def end(self) -> None:
+                ended.append(len(client.urls))
+                self.bring(None)
+
+        client = self.client
+        await self.play(*[Lingering("nonsense", stays_open=True) for _ in range(3)])
+        self.assertEqual(ended, [1, 2, 3])
+
     async def test_reason(self) -> None:
         """One line has the code and the reason that the server gives, if it gives any."""
         for code, reason in (1001, "going away"), (4000, "two\nlines"), (None, None):
