@@ -77,7 +77,7 @@ class MakeItYoursTests(QuietCase):
             block = replace(SCRIPT, "ws://localhost:8765/websocket", url_of(source))
             block = replace(block, "...", "await until(lambda: client.price)")
             script = await run_block(block, Highest=model.Highest, until=until)
-        self.assertFalse(script.client.thread.is_alive())
+        self.assertFalse(script.client.connected)
 
     async def test_client_in_a_coroutine(self) -> None:
         """It follows the source until it is stopped, and the program goes on."""
