@@ -77,7 +77,7 @@ class MakeItYoursTests(QuietCase):
             block = replace(SCRIPT, "ws://localhost:8765/websocket", url_of(source))
             block = replace(block, "...", "await until(lambda: client.price)")
             script = await run_block(block, Highest=model.Highest, until=until)
-        self.assertFalse(script.client.connected)
+            self.assertFalse(script.client.connected)
 
     async def test_client_in_a_coroutine(self) -> None:
         """It follows the source until it is stopped, and the program goes on."""
@@ -86,7 +86,7 @@ class MakeItYoursTests(QuietCase):
             follower = model.Highest(url_of(source))
             block = replace(ASYNCIO, "asyncio.sleep(60)", "until(lambda: client.price)")
             await run_block(block, client=follower, until=until)
-        self.assertFalse(follower.connected)
+            self.assertFalse(follower.connected)
 
 
 class ShortAnswerTests(QuietCase):

@@ -231,7 +231,7 @@ class FiniteTests(RecipeCase):
         port = self.enterContext(own_port())
         task = asyncio.create_task(finite.serve_results(below=0, wait=3600, port=port))
         await asyncio.sleep(0)  # now it has made the stream
-        await until(lambda: finite.Results.stream.end == 12_001)  # with their count; now it listens
+        await until(lambda: finite.Results.stream.end == 12_001)  # with their count
         with socket.create_connection(("127.0.0.1", port)) as slow:
             slow.send(support.HANDSHAKE)  # it does not read
             await until(lambda: finite.Results.clients)
@@ -241,6 +241,7 @@ class FiniteTests(RecipeCase):
             await asyncio.sleep(0.3)  # in which the server would end
             # It still listens. (The task says little: a server that ends waits for the slow one.)
             socket.create_connection(("127.0.0.1", port)).close()
+        # Now the slow one has left, and another has had everything: so the server ends.
         await asyncio.wait_for(task, support.PATIENCE)
 
     def test_restart(self) -> None:

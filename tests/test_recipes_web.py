@@ -269,6 +269,7 @@ class BrokerTests(RecipeCase):
                 await self.jetstream.purge_stream("samples", keep=2)
                 await until(lambda: client.position == 8)
             self.assertEqual((client.samples, client.missed), ([0, 1, 2, 6, None], 3))
+            # After 5 s without a sample, the server sees that the stream is another one, and ends.
             await self.jetstream.delete_stream("samples")
             await self.jetstream.add_stream(name="samples")
             log = await self.ends(server, status=1)

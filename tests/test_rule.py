@@ -453,23 +453,23 @@ class HistoryTests(RuleCase):
             await self.check_history(f"SEED={SEED}, history {number}")
 
     async def check_history(self, seed: str) -> None:
-        """Compare a client with the rule, message by message. Each sample is its own number."""
+        """Compare what a client does with the rule. Each sample is its own number."""
         chance = random.Random(seed)
         messages, expected = [], []
         epoch, offset = "1", chance.choice((0, 1_000))
-        end, missed = offset, 0  # the number of the next sample, and what has been missed
+        position, missed = offset, 0  # where the rule says that a client is, and what it has missed
         for _ in range(chance.randrange(1, 20)):
             numbers = range(offset, offset + chance.choice((0, 1, 1, 2, 5, 30)))
             messages.append(message(offset, [*numbers], epoch))
-            missed += max(0, offset - end)
-            expected += [(epoch, number) for number in numbers if number >= end]
-            end = max(end, numbers.stop)
-            place = epoch, end, missed
+            missed += max(0, offset - position)
+            expected += [(epoch, number) for number in numbers if number >= position]
+            position = max(position, numbers.stop)
+            place = epoch, position, missed
             offset = numbers.stop
             if chance.random() < 0.4:
                 offset = max(0, offset + chance.randrange(-40, 40))
             if chance.random() < 0.1:
-                epoch, offset, end = epoch + "1", chance.choice((0, 0, 3, 40)), 0
+                epoch, offset, position = epoch + "1", chance.choice((0, 0, 3, 40)), 0
         cut = chance.randrange(len(messages) + 1)
         self.client = Reacting()
         await self.play(FakeConnection(*messages[:cut]), FakeConnection(*messages[cut:]))

@@ -137,6 +137,7 @@ class RunTests(ServedCase):
         async with following(client):
             await until(lambda: client.samples == [1])
             (served,) = self.handler.clients
+            # What we set would hide theirs, and what we call would be a call of theirs.
             found = {getattr(one, name) for one in (client, served) for name in names}
         self.assertEqual(found, {theirs})
         theirs.assert_not_called()
