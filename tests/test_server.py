@@ -359,7 +359,7 @@ class GoodbyeTests(ServerCase):
         await self.served.aclose()
         with self.assertRaises(OSError):
             await self.connect()
-        await until(lambda: all(peer.closed() for peer in peers))
+        self.assertEqual([peer.closed() for peer in peers], [True, True, True])
 
 
 class ServeTests(ServerCase):
