@@ -383,6 +383,8 @@ class ServeTests(ServerCase):
         for port, address in ((0, ""), (-1, "localhost"), (65_536, "localhost")):
             with self.assertRaisesRegex(ValueError, f"{address!r}, {port}"):
                 await self.enterAsyncContext(serving(app, port, address))
+        with self.assertRaises(OSError):  # here, only the host is wrong
+            await serve(app, 65_535, "no-such-host.invalid")
 
     async def test_on_ipv6(self) -> None:
         """The URL has the address in brackets, and leads to the server."""
