@@ -280,7 +280,7 @@ def watch(client: WebSocketClient) -> None:
     logging.basicConfig(level="INFO", format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     with contextlib.suppress(KeyboardInterrupt):
         try:
-            client.start()
+            client.start()  # inside `try`, or a Ctrl-C in the first moment would show nothing
             while client.thread and client.thread.is_alive():
                 show(client)
                 time.sleep(1)

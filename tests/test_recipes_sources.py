@@ -142,7 +142,7 @@ class NumberedSourceTests(RecipeCase):
 
 class BlockingSourceTests(RecipeCase):
     def test_pace(self) -> None:
-        """A reading begins on a full second, after a failed one there is a pause, and so to the end."""
+        """A reading begins on a full second, or after a pause if one failed; they end with the server."""
         clock = mock.Mock(now=0.25)
         clock.perf_counter = lambda: clock.now
         clock.sleep = lambda seconds: setattr(clock, "now", clock.now + seconds)
